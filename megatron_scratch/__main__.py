@@ -1,0 +1,5 @@
+"""`python -m megatron_scratch VERB ...` is `megatron-scratch VERB ...`."""
+
+from megatron_scratch.cli import main
+
+raise SystemExit(main())

@@ -1,0 +1,41 @@
+"""Every part that ships with the package, on one screen: kind, name, where it lives. Listing them imports none of them."""
+
+from megatron_scratch.config.optim import AdamWConfig, LionConfig, MuonConfig, ScheduleConfig, SGDConfig, WSDConfig
+from megatron_scratch.registry import register
+
+_P = "megatron_scratch"
+_PARTS = {
+    "position": {"learned": "models.positions:Learned", "sinusoidal": "models.positions:Sinusoidal",
+                 "rope": "models.positions:Rope", "none": "models.positions:NoPosition"},
+    "rope_scaling": {"none": "models.positions:unscaled", "linear": "models.positions:linear_scaled",
+                     "llama3": "models.positions:llama3_scaled", "yarn": "models.positions:yarn_scaled"},
+    "norm": {"rmsnorm": "models.norms:RMSNorm", "layernorm": "models.norms:LayerNorm"},
+    "mlp": {"gelu": "models.mlp:GELU", "gelu_tanh": "models.mlp:GELUTanh", "silu": "models.mlp:SiLU",
+            "relu2": "models.mlp:ReLU2", "swiglu": "models.mlp:SwiGLU", "geglu": "models.mlp:GEGLU"},
+    "attention": {"auto": "models.attend:auto", "reference": "models.attend:reference", "sdpa": "models.attend:sdpa",
+                  "matmul": "models.attend:matmul"},
+    "engine": {"ddp": "engine.ddp:DDPEngine"},
+    "precision": {"fp32": "train.build:fp32", "bf16": "train.build:bf16"},
+    "logging": {"console": "train.metrics:Console"},
+    "launcher": {"local": "launch.local:launch"},
+    "sample_order": {"documents": "data.dataset:DocumentOrder", "contiguous": "data.dataset:ContiguousOrder"},
+    "tokenizer_trainer": {"sentencepiece_bpe": "corpus.train_tokenizer:sentencepiece_bpe",
+                          "sentencepiece_unigram": "corpus.train_tokenizer:sentencepiece_unigram",
+                          "sentencepiece_char": "corpus.train_tokenizer:sentencepiece_char",
+                          "byte": "corpus.train_tokenizer:byte"},
+}  # fmt: skip
+
+_OPTIMIZERS = {"adamw": AdamWConfig, "sgd": SGDConfig, "lion": LionConfig, "muon": MuonConfig}
+_SCHEDULES = {"constant": ScheduleConfig, "linear": ScheduleConfig, "cosine": ScheduleConfig,
+              "inverse_sqrt": ScheduleConfig, "wsd": WSDConfig}  # fmt: skip
+
+
+def register_all() -> None:
+    """Fill the registry. `registry` calls this once, at the first look-up."""
+    for kind, table in _PARTS.items():
+        for name, target in table.items():
+            register(kind, name, f"{_P}.{target}")
+    for name, config in _OPTIMIZERS.items():
+        register("optim", name, f"{_P}.optim.optimizers:{name}", config)
+    for name, config in _SCHEDULES.items():
+        register("schedule", name, f"{_P}.optim.schedules:{name}", config)

@@ -1,0 +1,113 @@
+"""The `optim` and `schedule` sections: one dataclass per entry, so that a key that an entry does not use is refused."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Optional
+
+from megatron_scratch.util.errors import UserError, choice
+
+
+@dataclass
+class ParamGroup:
+    """Parameters whose global name matches a regular expression (`re.search`) get these settings; the first match wins."""
+
+    pattern: str = ""
+    lr_scale: float = 1.0
+    weight_decay: Optional[float] = None  # None: the optimizer's
+
+
+def _no_decay() -> list[ParamGroup]:
+    return [ParamGroup(pattern=r"norm|bias$|embed", weight_decay=0.0)]
+
+
+@dataclass
+class OptimConfig:
+    """What every optimizer takes."""
+
+    name: str = "adamw"
+    lr: float = 3e-4
+    weight_decay: float = 0.1
+    clip_grad_norm: float = 1.0  # 0: the norm is measured but nothing is clipped
+    groups: list[ParamGroup] = field(default_factory=_no_decay)
+
+
+@dataclass
+class AdamWConfig(OptimConfig):
+    """Decoupled weight decay Adam (Loshchilov & Hutter, arXiv 1711.05101)."""
+
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+
+
+@dataclass
+class SGDConfig(OptimConfig):
+    """Stochastic gradient descent with momentum."""
+
+    name: str = "sgd"
+    momentum: float = 0.9
+    nesterov: bool = False
+
+
+@dataclass
+class LionConfig(OptimConfig):
+    """Sign of an interpolated momentum (Chen et al., arXiv 2302.06675). Wants about 1/5 of AdamW's lr, 3-5x its decay."""
+
+    name: str = "lion"
+    lr: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.99)
+
+
+@dataclass
+class MuonConfig(OptimConfig):
+    """Orthogonalised momentum (Newton-Schulz) on hidden matrices, AdamW on embeddings, head, norms and biases.
+
+    The update is scaled by 0.2 sqrt(max(rows, columns)), so that AdamW's lr and decay carry over (arXiv 2502.16982).
+    """
+
+    name: str = "muon"
+    momentum: float = 0.95
+    nesterov: bool = True
+    ns_steps: int = 5
+    betas: tuple[float, float] = (0.9, 0.95)  # of the AdamW part
+    eps: float = 1e-8  # of the AdamW part
+
+
+@dataclass
+class ScheduleConfig:
+    """Learning rate over steps, as a multiple of `optim.lr`; a linear warm-up from 0 comes first."""
+
+    name: str = "cosine"
+    warmup_steps: int = 0
+    min_lr_ratio: float = 0.1  # the floor, as a part of optim.lr
+    steps: Optional[int] = None  # length of the schedule; None: train.steps
+
+
+@dataclass
+class WSDConfig(ScheduleConfig):
+    """Warm-up, stable, decay (arXiv 2404.06395): constant, then down over the last `decay_ratio` of the steps."""
+
+    name: str = "wsd"
+    decay_ratio: float = 0.2
+    decay: str = "linear"  # linear | sqrt (1 - sqrt(x), arXiv 2405.18392) | cosine
+
+
+def check_optim(o: Any) -> None:
+    if o.lr <= 0:
+        raise UserError(f"optim.lr={o.lr} must be above 0")
+    if o.weight_decay < 0 or o.clip_grad_norm < 0:
+        raise UserError(f"optim.weight_decay={o.weight_decay} and optim.clip_grad_norm={o.clip_grad_norm} must not be negative")
+    if hasattr(o, "betas") and not all(0 <= b < 1 for b in o.betas):
+        raise UserError(f"optim.betas={list(o.betas)} must both be in [0, 1)")
+
+
+def check_schedule(s: Any, steps: int) -> None:
+    if not 0 <= s.min_lr_ratio <= 1:
+        raise UserError(f"schedule.min_lr_ratio={s.min_lr_ratio} must be in [0, 1]")
+    total = s.steps or steps
+    if not 0 <= s.warmup_steps <= total:
+        raise UserError(f"schedule.warmup_steps={s.warmup_steps} must be between 0 and the schedule's {total} steps")
+    if hasattr(s, "decay"):
+        choice("schedule.decay", s.decay, ("linear", "sqrt", "cosine"))
+        if not 0 <= s.decay_ratio <= 1:
+            raise UserError(f"schedule.decay_ratio={s.decay_ratio} must be in [0, 1]")

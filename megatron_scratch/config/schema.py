@@ -1,0 +1,56 @@
+"""The whole config as types, and the one function for rules that cross sections."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from megatron_scratch import registry
+from megatron_scratch.config.data import CorpusConfig, DataConfig, check_corpus, check_data
+from megatron_scratch.config.model import ModelConfig, check_model
+from megatron_scratch.config.optim import OptimConfig, ScheduleConfig, check_optim, check_schedule
+from megatron_scratch.config.train import (CheckpointConfig, EngineConfig, LauncherConfig, LoggingConfig, ParallelConfig,
+                                           PrecisionConfig, TrainConfig, check_batch, check_checkpoint, check_parallel)  # fmt: skip
+from megatron_scratch.util.errors import UserError, choice
+
+
+@dataclass
+class Config:
+    """One run. `optim` and `schedule` hold the dataclass of the entry they name."""
+
+    name: str = "run"
+    dir: str = "runs/${name}"
+    seed: int = 1234
+    plugins: list[str] = field(default_factory=list)  # modules that register parts of your own
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optim: Any = field(default_factory=OptimConfig)
+    schedule: Any = field(default_factory=ScheduleConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    launcher: LauncherConfig = field(default_factory=LauncherConfig)
+    corpus: CorpusConfig = field(default_factory=CorpusConfig)
+
+
+def check(cfg: Config, world: int) -> None:
+    """Refuse what cannot run on `world` processes. Sections check themselves; below them, the rules between sections."""
+    check_model(cfg.model)
+    check_parallel(cfg.parallel)
+    check_data(cfg.data)
+    check_optim(cfg.optim)
+    check_schedule(cfg.schedule, cfg.train.steps)
+    check_checkpoint(cfg.checkpoint)
+    check_corpus(cfg.corpus)
+    for section in ("engine", "precision", "logging", "launcher"):
+        choice(section, getattr(cfg, section).name, registry.names(section))
+    model_ranks = cfg.parallel.tp * cfg.parallel.pp * cfg.parallel.cp
+    if world % model_ranks:
+        raise UserError(f"the world of {world} processes is not divisible by tp x pp x cp = {model_ranks}")
+    check_batch(cfg.train, world // model_ranks)
+    if cfg.train.seq_len > cfg.model.max_seq_len:
+        raise UserError(f"train.seq_len={cfg.train.seq_len} is beyond model.max_seq_len={cfg.model.max_seq_len}; "
+                        "shorten one or lengthen the other")  # fmt: skip

@@ -1,0 +1,33 @@
+"""The only reader of launcher variables (torchrun's RANK ..., Slurm's SLURM_PROCID ...)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Rank:
+    """Who this process is in its job."""
+
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+    launched: bool = False  # True when torchrun, srun or our local launcher started this process
+
+
+def read_rank(env: Mapping[str, str] | None = None) -> Rank:
+    """The rank that the launcher gave this process; rank 0 of 1 when there was none.
+
+    torchrun's variables win over Slurm's: inside `srun torchrun` both are present and SLURM_PROCID counts agents. A bare
+    sbatch or salloc shell also has SLURM_PROCID=0, so Slurm's count only inside a step (SLURM_STEP_ID, several tasks).
+    """
+    env = os.environ if env is None else env
+    if "RANK" in env and "WORLD_SIZE" in env:
+        return Rank(int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0)), True)
+    in_step = "SLURM_STEP_ID" in env and int(env.get("SLURM_STEP_NUM_TASKS", env.get("SLURM_NTASKS", "1"))) > 1
+    if in_step:
+        tasks = int(env.get("SLURM_STEP_NUM_TASKS", env.get("SLURM_NTASKS", "1")))
+        return Rank(int(env["SLURM_PROCID"]), tasks, int(env.get("SLURM_LOCALID", 0)), True)
+    return Rank()
