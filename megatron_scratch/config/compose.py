@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,6 @@ from typing import Any
 from hydra import compose, initialize_config_module
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.hydra_config import HydraConfig  # noqa: F401  (registers the resolvers that group defaults use)
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -86,11 +85,19 @@ def load_file(path: Path) -> Config:
 def parse_args(schema: type, words: list[str], positional: str) -> Any:
     """`key=value` words as a small typed section, for verbs that do not compose a run; a bare word is `positional`."""
     words = [word if "=" in word else f"{positional}={word}" for word in words]
+    fields = [f.name for f in dataclasses.fields(schema)]
+    for key in (word.partition("=")[0] for word in words):
+        choice_of_key(key, fields)
     try:
         merged = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.from_dotlist([_quoted(w) for w in words]))
         return OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         raise UserError(_one_line(error, words)) from error
+
+
+def choice_of_key(key: str, allowed: list[str]) -> None:
+    if key not in allowed:
+        raise UserError(f"{key} is not a key; allowed: {', '.join(allowed)}{nearest(key, allowed)}")
 
 
 def _quoted(word: str) -> str:
@@ -172,12 +179,3 @@ def _unknown_option(path: str) -> str:
     if options:
         return f"{group}={name} is not known; allowed: {', '.join(options)}{nearest(name, options)}"
     return f"{path} is not a config group{nearest(path, [p.name for p in files(PACKAGE).iterdir()])}"
-
-
-def is_override(word: str) -> bool:
-    """Whether a word is something Hydra can read as an override."""
-    try:
-        OverridesParser.create().parse_override(word)
-        return True
-    except HydraException:
-        return False

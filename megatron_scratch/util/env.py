@@ -31,3 +31,15 @@ def read_rank(env: Mapping[str, str] | None = None) -> Rank:
         tasks = int(env.get("SLURM_STEP_NUM_TASKS", env.get("SLURM_NTASKS", "1")))
         return Rank(int(env["SLURM_PROCID"]), tasks, int(env.get("SLURM_LOCALID", 0)), True)
     return Rank()
+
+
+def restart_count(env: Mapping[str, str] | None = None) -> int | None:
+    """How often torchrun has restarted this group of ranks; None when torchrun did not start us."""
+    env = os.environ if env is None else env
+    return int(env["TORCHELASTIC_RESTART_COUNT"]) if "TORCHELASTIC_RESTART_COUNT" in env else None
+
+
+def master(env: Mapping[str, str] | None = None) -> tuple[str, int]:
+    """(address, port) where the ranks of a job meet, as torchrun or an sbatch script set them."""
+    env = os.environ if env is None else env
+    return env["MASTER_ADDR"], int(env["MASTER_PORT"])

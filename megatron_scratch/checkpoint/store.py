@@ -1,0 +1,134 @@
+"""Checkpoints of one run: committed by one rename, listed by step, kept by rule.
+
+A folder `checkpoints/step_XXXXXXXX` under that name is whole: it is written as `.step_XXXXXXXX.tmp`, every file and the
+manifest are made durable, then it is renamed and the rename made durable. A crash at any point leaves the older
+checkpoints as they were and at most a `.tmp` folder, which the next save removes.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+
+from megatron_scratch.checkpoint.storage import CorruptCheckpoint, Reader, Writer, read_manifest, read_verified
+from megatron_scratch.config.train import CheckpointConfig
+from megatron_scratch.parallel.collectives import all_reduce_world, barrier
+from megatron_scratch.parallel.topology import Topology
+from megatron_scratch.util.errors import UserError
+from megatron_scratch.util.files import fsync_dir
+
+State = dict[str, torch.Tensor]
+
+
+def step_folder(root: Path, step: int) -> Path:
+    return root / f"step_{step:08d}"
+
+
+def committed(root: Path) -> list[int]:
+    """Steps with a committed checkpoint, oldest first."""
+    found = (re.fullmatch(r"step_(\d{8})", p.name) for p in root.iterdir()) if root.is_dir() else ()
+    return sorted(int(m.group(1)) for m in found if m)
+
+
+def save(root: Path, step: int, state: State, extra: dict[str, Any], topo: Topology) -> Path:
+    """Write `state` (every rank its part) and `extra` (JSON, rank 0's) as the checkpoint of `step`; collective."""
+    final, tmp = step_folder(root, step), root / f".{step_folder(root, step).name}.tmp"
+    if topo.is_main:
+        shutil.rmtree(tmp, ignore_errors=True)
+        tmp.mkdir(parents=True)
+    barrier(topo)
+    writer = Writer(tmp, topo.rank, {"step": step, **extra})
+    with _quiet():
+        dcp.save(state, storage_writer=writer, no_dist=topo.world == 1)
+    if topo.is_main:
+        tmp.rename(final)
+        fsync_dir(root)
+    barrier(topo)
+    return final
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """DCP warns that a process group is missing although `no_dist` says so."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+        yield
+
+
+def verify(folder: Path, part: int = 0, parts: int = 1) -> dict[str, Any]:
+    """Check every `parts`-th file from `part` against the manifest, and return the manifest.
+
+    Raises:
+        CorruptCheckpoint: naming the file.
+    """
+    manifest = read_manifest(folder)
+    for name in sorted(manifest["files"])[part::parts]:
+        read_verified(folder, name, manifest["files"])
+    return manifest
+
+
+def newest_valid(root: Path, topo: Topology) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint whose every file is as written, and what was wrong with newer ones; collective.
+
+    The ranks share the files among them to verify, and agree on the answer.
+    """
+    problems: list[str] = []
+    for step in reversed(committed(root)):
+        folder, problem = step_folder(root, step), ""
+        try:
+            verify(folder, topo.rank, topo.world)
+        except CorruptCheckpoint as error:
+            problem = str(error)
+        if int(all_reduce_world(torch.tensor(int(not problem)), topo, "min")):
+            return folder, problems
+        problems.append(problem or f"{folder}: another rank found a corrupt file")
+    return None, problems
+
+
+def shapes(manifest: dict[str, Any]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    return {name: (tuple(t["shape"]), getattr(torch, t["dtype"])) for name, t in manifest["tensors"].items()}
+
+
+def load(folder: Path, manifest: dict[str, Any], state: State, topo: Topology, only: str = "") -> None:
+    """Fill the tensors of `state` in place, whatever layout wrote them; strict both ways; collective.
+
+    Args:
+        only: a prefix; tensors of the checkpoint under other names are left alone (`model.`: weights without optimizer).
+
+    Raises:
+        UserError: names, shapes or dtypes differ: this checkpoint is of another model or optimizer.
+    """
+    saved = {name: shape for name, shape in shapes(manifest).items() if name.startswith(only)}
+    for names, where in ((sorted(set(saved) - set(state)), "the checkpoint but not in this run"),
+                         (sorted(set(state) - set(saved)), "this run but not in the checkpoint")):  # fmt: skip
+        if names:
+            raise UserError(f"{folder}: {len(names)} tensors are in {where}, e.g. {names[0]}; resume with the model and optimizer "
+                            "that wrote it, or start a new run directory")  # fmt: skip
+    for name, (shape, dtype) in saved.items():
+        if (tuple(state[name].shape), state[name].dtype) != (shape, dtype):
+            raise UserError(f"{folder}: {name} is {dtype} {list(shape)} in the checkpoint and {state[name].dtype} "
+                            f"{list(state[name].shape)} in this run")  # fmt: skip
+    with _quiet():
+        dcp.load(state, storage_reader=Reader(folder, manifest), no_dist=topo.world == 1)
+
+
+def retire(root: Path, cfg: CheckpointConfig) -> list[int]:
+    """Delete what the retention rule does not keep (one process calls this). The newest is always kept. Returns the steps."""
+    steps = committed(root)
+    kept = set(steps[-cfg.keep_last :]) if cfg.keep_last else set(steps)
+    kept |= {s for s in steps if cfg.keep_every and s % cfg.keep_every == 0} | set(steps[-1:])
+    gone = [s for s in steps if s not in kept]
+    for step in gone:
+        # Out of the committed name first: a crash while deleting must not leave half a checkpoint under it.
+        doomed = root / f".{step_folder(root, step).name}.old"
+        step_folder(root, step).rename(doomed)
+        shutil.rmtree(doomed)
+    return gone

@@ -1,0 +1,165 @@
+"""`megatron-scratch VERB ...`: verbs to functions. Nothing here imports torch: a wrong word is answered at once."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+from megatron_scratch import __version__
+from megatron_scratch.util.errors import UserError, nearest
+from megatron_scratch.util.exits import OK, exit_code
+
+USAGE = """megatron-scratch VERB [key=value ...]
+
+  data prepare   raw text to an indexed dataset        corpus.input=PATHS corpus.output=DIR
+  data inspect   what is in a dataset                  DIR [document=N]
+  train          pretrain, or go on where it stopped   data.dir=DIR [any config key]
+  eval           loss, perplexity, bits per byte       RUN [data=DIR]
+  generate       text from a trained model             RUN [prompt=TEXT] [max_new_tokens=N] [temperature=T]
+  bench          tokens/s and MFU of a training step   [any config key]
+
+  train, bench and data prepare take --print (show the config and stop) and --config-dir DIR (your own YAML groups).
+  `python -m megatron_scratch` is the same. Exit codes: 0 finished, 2 bad input, 75 stopped with a checkpoint, 1 failed."""
+
+LATER = ("parity", "plan", "ckpt", "report", "doctor")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one verb; returns the exit code."""
+    words = sys.argv[1:] if argv is None else argv
+    return exit_code(lambda: _dispatch(words))
+
+
+def _dispatch(words: list[str]) -> int:
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(USAGE)
+        return OK
+    if words[0] == "--version":
+        print(__version__)
+        return OK
+    verb, rest = words[0], words[1:]
+    if verb == "data":
+        verb, rest = " ".join(words[:2]), words[2:]
+    if verb in LATER or verb in ("data clean", "data dedup", "data tokenizer", "data tokenize"):
+        raise UserError(f"{verb!r} is not in this version; `megatron-scratch --help` lists what is")
+    if verb not in VERBS:
+        raise UserError(f"{verb!r} is not a verb; allowed: {', '.join(VERBS)}{nearest(verb, VERBS)}")
+    if any(word in ("-h", "--help") for word in rest):
+        print(USAGE)
+        return OK
+    return VERBS[verb](rest)
+
+
+def _options(words: list[str]) -> tuple[list[str], list[str], bool]:
+    """Split words into (overrides, --config-dir folders, whether --print was given)."""
+    overrides, folders, show = [], [], False
+    rest = iter(words)
+    for word in rest:
+        if word == "--print":
+            show = True
+        elif word == "--config-dir" or word.startswith("--config-dir="):
+            folders.append(word.partition("=")[2] or next(rest, ""))
+        elif word in ("-m", "--multirun"):
+            raise UserError("-m (sweeps) is not in this version; run each point with its own name=")
+        elif word.startswith("-"):
+            raise UserError(f"{word} is not an option; allowed: --print, --config-dir DIR")
+        else:
+            overrides.append(word)
+    return overrides, folders, show
+
+
+def _composed(words: list[str]):  # type: ignore[no-untyped-def]
+    """The config of a verb, or None when it was only to be shown."""
+    from omegaconf import OmegaConf
+
+    from megatron_scratch.config import compose
+
+    overrides, folders, show = _options(words)
+    cfg = compose.load(overrides, folders)
+    if show:
+        print(OmegaConf.to_yaml(OmegaConf.structured(cfg)), end="")
+        return None
+    return cfg
+
+
+def _train(words: list[str]) -> int:
+    cfg = _composed(words)
+    if cfg is None:
+        return OK
+    from megatron_scratch import registry
+    from megatron_scratch.launch.resolve import resolve, world_size
+    from megatron_scratch.util.env import read_rank
+
+    rank = read_rank()
+    world = rank.world if rank.launched else world_size(cfg)
+    cfg = resolve(cfg, world)
+    if rank.launched:  # torchrun or srun started us: this process is a rank
+        from megatron_scratch.train.worker import report, run
+
+        summary = run(cfg, rank)
+        if rank.rank == 0:
+            report(summary)
+        return OK
+    return registry.get("launcher", cfg.launcher.name)(cfg, world)
+
+
+def _data_prepare(words: list[str]) -> int:
+    cfg = _composed(words)
+    if cfg is None:
+        return OK
+    from megatron_scratch.config.data import check_corpus
+    from megatron_scratch.corpus.pipeline import prepare, summary
+
+    check_corpus(cfg.corpus)
+    print(summary(prepare(cfg.corpus, progress=lambda text: print(text, flush=True)), cfg.corpus.output))
+    return OK
+
+
+def _data_inspect(words: list[str]) -> int:
+    from megatron_scratch.corpus.pipeline import InspectArgs, inspect
+    from megatron_scratch.config.compose import parse_args
+
+    args = parse_args(InspectArgs, words, positional="data")
+    print(inspect(args))
+    return OK
+
+
+def _eval(words: list[str]) -> int:
+    from megatron_scratch.config.compose import parse_args
+    from megatron_scratch.config.verbs import EvalArgs
+
+    args = parse_args(EvalArgs, words, positional="run")
+    from megatron_scratch.train.inference import evaluate_run
+
+    print(evaluate_run(args))
+    return OK
+
+
+def _generate(words: list[str]) -> int:
+    from megatron_scratch.config.compose import parse_args
+    from megatron_scratch.config.verbs import GenerateArgs
+
+    args = parse_args(GenerateArgs, words, positional="run")
+    args.check()
+    from megatron_scratch.train.inference import generate_text
+
+    for piece in generate_text(args):
+        print(piece, end="", flush=True)
+    print()
+    return OK
+
+
+def _bench(words: list[str]) -> int:
+    cfg = _composed(words)
+    if cfg is None:
+        return OK
+    from megatron_scratch.train.bench import bench
+
+    print(bench(cfg))
+    return OK
+
+
+VERBS: dict[str, Callable[[list[str]], int]] = {
+    "data prepare": _data_prepare, "data inspect": _data_inspect, "train": _train, "eval": _eval, "generate": _generate,
+    "bench": _bench,
+}  # fmt: skip

@@ -1,0 +1,1 @@
+"""From a resolved config to processes: on this machine, and later on clusters."""

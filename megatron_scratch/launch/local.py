@@ -1,0 +1,88 @@
+"""Training on this machine: in this process when one is enough, else one process a rank, meeting over a file."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import ExitStack
+from pathlib import Path
+
+from megatron_scratch.config import Config, compose
+from megatron_scratch.util.env import Rank
+from megatron_scratch.util.exits import FAILED, OK
+
+GRACE = 60.0  # seconds that the other ranks get to end by themselves, once one has failed
+POLL = 0.05
+
+
+def launch(cfg: Config, world: int) -> int:
+    """Run a resolved config on `world` processes. Returns the exit code of the run."""
+    if world == 1:
+        from megatron_scratch.train.worker import report, run
+
+        report(run(cfg, Rank()))
+        return OK
+    with tempfile.TemporaryDirectory(prefix="megatron_scratch_") as tmp, ExitStack() as stack:
+        compose.save(cfg, Path(tmp) / "config.yaml")
+        ranks = [_start(Path(tmp), rank, world, stack) for rank in range(world)]
+        return _wait(ranks, Path(tmp))
+
+
+def _start(tmp: Path, rank: int, world: int, stack: ExitStack) -> subprocess.Popen[bytes]:
+    """Start one rank. The main one keeps the terminal, the others write files, moved to the run directory by `_keep_logs`."""
+    env = {**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
+    out = None if rank == 0 else stack.enter_context(open(tmp / f"rank_{rank:05d}.log", "wb"))
+    command = [sys.executable, "-m", "megatron_scratch.train.worker", str(tmp / "config.yaml"), "--store", str(tmp / "store")]
+    # A session of its own: Ctrl-C reaches this process alone, which passes it on once.
+    process = subprocess.Popen(command, env=env, stdout=out, stderr=subprocess.STDOUT if out else None, start_new_session=True)
+    stack.callback(_end, process)
+    return process
+
+
+def _wait(ranks: list[subprocess.Popen[bytes]], tmp: Path) -> int:
+    """Wait for all ranks; pass signals on; when one fails, give the others a moment, then end them."""
+
+    def forward(number: int, frame: object) -> None:
+        for process in ranks:
+            if process.poll() is None:
+                process.send_signal(number)
+
+    old = {n: signal.signal(n, forward) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        first_failed = _watch(ranks)
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+    if first_failed is None:
+        return OK
+    code = ranks[first_failed].returncode
+    if first_failed > 0 and code != ranks[0].returncode:
+        lines = (tmp / f"rank_{first_failed:05d}.log").read_text(errors="replace").strip().splitlines()
+        print(f"rank {first_failed} ended with {code}: {lines[-1] if lines else 'no output'}", file=sys.stderr)
+    return code if code >= 0 else FAILED
+
+
+def _watch(ranks: list[subprocess.Popen[bytes]]) -> int | None:
+    """The rank that failed first, or None when all ended well."""
+    failed, deadline = None, float("inf")
+    while any(p.poll() is None for p in ranks):
+        if failed is None:
+            failed = next((r for r, p in enumerate(ranks) if p.returncode not in (None, OK)), None)
+            deadline = time.monotonic() + GRACE if failed is not None else deadline
+        if time.monotonic() > deadline:
+            for process in ranks:
+                _end(process)
+        time.sleep(POLL)
+    if failed is None:
+        failed = next((r for r, p in enumerate(ranks) if p.returncode != OK), None)
+    return failed
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    if process.poll() is None:
+        process.kill()
+    process.wait()

@@ -1,0 +1,44 @@
+"""From a composed config to one that can run, or a refusal: everything that can be known before a process is started."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+
+from megatron_scratch import registry
+from megatron_scratch.config import Config, check
+from megatron_scratch.data.loader import open_data
+from megatron_scratch.util.errors import UserError
+
+
+def world_size(cfg: Config) -> int:
+    """Processes of a local run: as given, all local GPUs, or the fewest that the layout needs."""
+    need = cfg.parallel.tp * cfg.parallel.pp * cfg.parallel.cp
+    if cfg.launcher.processes is not None:
+        if cfg.launcher.processes < 1:
+            raise UserError(f"launcher.processes={cfg.launcher.processes} must be at least 1")
+        return cfg.launcher.processes
+    return max(need, local_gpus() // need * need)
+
+
+def local_gpus() -> int:
+    """GPUs of this machine, asked of nvidia-smi: importing torch to count them would take seconds."""
+    if shutil.which("nvidia-smi") is None:
+        return 0
+    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
+    return sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
+
+
+def resolve(cfg: Config, world: int) -> Config:
+    """Check the config against itself, the world and the data; fill in the vocabulary. Returns the same object."""
+    registry.load_plugins(cfg.plugins)
+    check(cfg, world)
+    data = open_data(cfg.data, cfg.train.seq_len, cfg.seed)
+    if cfg.model.vocab_size is None:
+        if data.vocab_size is None:
+            raise UserError("model.vocab_size is not given and the dataset has no tokenizer to take it from; give model.vocab_size=N")
+        cfg.model.vocab_size = data.vocab_size
+    elif data.vocab_size is not None and data.vocab_size > cfg.model.vocab_size:
+        raise UserError(f"model.vocab_size={cfg.model.vocab_size} is smaller than the dataset's vocabulary of {data.vocab_size}; "
+                        "leave model.vocab_size out to take the dataset's")  # fmt: skip
+    return cfg

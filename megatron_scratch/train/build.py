@@ -1,0 +1,123 @@
+"""The one place where everything meets: from a resolved config to objects that train."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from megatron_scratch import registry
+from megatron_scratch.config import Config
+from megatron_scratch.config.train import PrecisionConfig
+from megatron_scratch.data.loader import Batch, DataSource, Loader
+from megatron_scratch.engine import Engine, Parts
+from megatron_scratch.models.decoder import Decoder
+from megatron_scratch.optim.groups import param_groups
+from megatron_scratch.parallel import Topology, materialize
+from megatron_scratch.train.objective import LanguageModel
+from megatron_scratch.util.env import Rank, master, restart_count
+
+TIMEOUT = timedelta(minutes=10)  # torch's default of 30 leaves a hung job unseen for half an hour
+FREE_MODEL_FIELDS = {"attention", "dropout"}  # may change between a checkpoint and the run that resumes it
+
+
+def fp32(cfg: PrecisionConfig) -> torch.dtype:
+    return torch.float32
+
+
+def bf16(cfg: PrecisionConfig) -> torch.dtype:
+    return torch.bfloat16
+
+
+@contextmanager
+def process_group(cfg: Config, rank: Rank, store_file: Path | None) -> Iterator[Topology]:
+    """Join the other ranks, if there are any, and say who is where. Leaves them on the way out."""
+    device = torch.device("cuda", rank.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    elif rank.world > 1 or cfg.train.threads:
+        torch.set_num_threads(cfg.train.threads or max(1, (os.cpu_count() or 1) // rank.world))
+    if rank.world > 1:
+        # CPU tensors travel over gloo even in a GPU job: counts and flags need no device sync.
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=_store(rank, store_file), rank=rank.rank, world_size=rank.world, timeout=TIMEOUT)
+    try:
+        p = cfg.parallel
+        yield Topology.build({"pp": p.pp, "cp": p.cp, "tp": p.tp}, rank.rank, rank.world, device)
+    finally:
+        if rank.world > 1:
+            dist.destroy_process_group()
+
+
+def _store(rank: Rank, store_file: Path | None) -> dist.Store:
+    """Where ranks find each other: our launcher's file, or torchrun's store under a prefix of its own for each restart
+    (without it, restarted gloo ranks read the addresses of the dead ones)."""
+    if store_file is not None:
+        return dist.FileStore(str(store_file), rank.world)
+    address, port = master()
+    hosted = restart_count() is not None  # under torchrun the agent holds the store
+    store = dist.TCPStore(address, port, rank.world, is_master=rank.rank == 0 and not hosted, timeout=TIMEOUT)
+    return dist.PrefixStore(f"megatron_scratch/{restart_count() or 0}", store)
+
+
+def build_model(cfg: Config, topo: Topology) -> LanguageModel:
+    """The model on the meta device, with its compute precision; nothing has memory yet."""
+    decoder = Decoder(cfg.model, topo)
+    decoder.compute_dtype = registry.build("precision", cfg.precision)
+    return LanguageModel(decoder, cfg.train.z_loss)
+
+
+def build_engine(cfg: Config, topo: Topology) -> tuple[LanguageModel, Engine]:
+    """The order in which a model is taken apart, once and for all: layout -> compile -> data parallel -> memory -> optimizer.
+
+    The layout is in the parameters from birth (`shard_param`); the engine does the last three.
+    """
+    model = build_model(cfg, topo)
+    if cfg.train.compile:
+        for block in model.decoder.layers.values():
+            block.compile()
+
+    def make_optimizer(named: dict[str, nn.Parameter]) -> torch.optim.Optimizer:
+        return registry.build("optim", cfg.optim, groups=param_groups(named.items(), cfg.optim))
+
+    fill = partial(materialize, model.decoder, cfg.seed, topo.device)
+    parts = Parts(model, model.decoder, fill, make_optimizer, topo, cfg.optim.clip_grad_norm)
+    return model, registry.build("engine", cfg.engine, parts=parts)
+
+
+def learning_rate(cfg: Config) -> Callable[[int], float]:
+    """Step from 0 -> learning rate."""
+    schedule = registry.get("schedule", cfg.schedule.name)
+    total = cfg.schedule.steps or cfg.train.steps
+    return lambda step: cfg.optim.lr * schedule(cfg.schedule, step, total)
+
+
+def loader(cfg: Config, dataset: Any, topo: Topology) -> Loader:
+    """Batches of this rank by sample number."""
+    vocab = cfg.model.vocab_size if cfg.data.check_ids else None
+    return Loader(dataset, cfg.train.micro_batch_size, topo.index("dp"), topo.size("dp"), mask_documents=cfg.data.mask_documents,
+                  mask_eod=cfg.data.mask_eod, vocab_size=vocab)  # fmt: skip
+
+
+def validation(cfg: Config, data: DataSource, topo: Topology) -> Iterator[Batch]:
+    """This rank's share of the validation windows, from the start; past the last one a batch is filled up with padding."""
+    mine, micro = loader(cfg, data.valid, topo), cfg.train.micro_batch_size
+    for first in range(topo.index("dp") * micro, len(data.valid or ()), topo.size("dp") * micro):
+        yield mine.batch(first)
+
+
+def facts(cfg: Config, data: DataSource) -> dict[str, Any]:
+    """What a checkpoint remembers of its run, to refuse a resume that would change the meaning of its numbers."""
+    model = {k: v for k, v in asdict(cfg.model).items() if k not in FREE_MODEL_FIELDS}
+    tokenizer = data.tokenizer.sha256 if data.tokenizer else None
+    return {"model": model, "seed": cfg.seed, "seq_len": cfg.train.seq_len, "optim": cfg.optim.name,
+            "order": cfg.data.order, "data": data.fingerprint, "tokenizer": tokenizer}  # fmt: skip

@@ -1,0 +1,126 @@
+"""What happens around the steps: metrics, evaluation, checkpoints. Each says when it is due; the loop knows none of them."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_scratch.checkpoint import store
+from megatron_scratch.config.train import CheckpointConfig
+from megatron_scratch.engine import Engine
+from megatron_scratch.parallel.collectives import all_reduce_world
+from megatron_scratch.parallel.topology import Topology
+from megatron_scratch.train.evaluate import Evaluation
+from megatron_scratch.train.loop import Every
+from megatron_scratch.train.metrics import View, memory_gib, synchronize
+from megatron_scratch.train.rundir import RunDir
+from megatron_scratch.train.step import StepResult
+from megatron_scratch.util.errors import RunFailed
+
+
+class Rates:
+    """Tokens per second and MFU between logged steps. Evaluation and saving are left out of the clock."""
+
+    def __init__(self, tokens_at: Callable[[int], int], flops: tuple[float, float], peak: float, topo: Topology, first: int) -> None:
+        """`flops`: per token, (causal attention, full attention); `peak`: FLOP/s of one device."""
+        self.tokens_at, self.flops, self.peak, self.topo = tokens_at, flops, peak, topo
+        self.step, self.began = first, time.perf_counter()
+
+    def since_last(self, step: int) -> dict[str, Any]:
+        synchronize(self.topo.device)
+        now = time.perf_counter()
+        seconds = max(now - self.began, 1e-9)
+        tokens = self.tokens_at(step) - self.tokens_at(self.step)
+        per_device = tokens / seconds / self.topo.world
+        row = {
+            "tokens": self.tokens_at(step),
+            "tokens_per_second": tokens / seconds,
+            "step_seconds": seconds / max(step - self.step, 1),
+            "mfu": per_device * self.flops[0] / self.peak,  # causal attention counted: 6N + 6Lhs
+            "mfu_full_attention": per_device * self.flops[1] / self.peak,  # PaLM's convention: 6N + 12Lhs
+            "memory_gib": memory_gib(self.topo.device),
+        }
+        self.step, self.began = step, time.perf_counter()
+        return row
+
+    def pause(self) -> Callable[[], None]:
+        """Stop the clock; call what is returned to start it again."""
+        synchronize(self.topo.device)
+        paused = time.perf_counter()
+
+        def resume() -> None:
+            self.began += time.perf_counter() - paused
+
+        return resume
+
+
+class LogMetrics:
+    """Every n steps: one transfer from the device, one row in metrics.jsonl, one line on the screen."""
+
+    def __init__(self, every: int, topo: Topology, run: RunDir, view: View, rates: Rates) -> None:
+        self.due, self.topo, self.run_dir, self.view, self.rates = Every(every), topo, run, view, rates
+
+    def run(self, step: int, result: StepResult) -> None:
+        part, norm = torch.stack([result.loss.float(), result.grad_norm.float()]).tolist()
+        loss = float(all_reduce_world(torch.tensor(part, dtype=torch.float64), self.topo))
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise RunFailed(f"step {step}: loss {loss}, gradient norm {norm}: not finite; lower optim.lr, or look at the data of "
+                            f"this step; checkpoints up to here are whole")  # fmt: skip
+        row = {"step": step, "loss": loss, "lr": result.lr, "grad_norm": norm, **self.rates.since_last(step)}
+        if self.topo.is_main:
+            self.run_dir.log(row)
+        self.view.row(row)
+
+
+class Evaluate:
+    """Every n steps and at the end: loss on the validation set."""
+
+    def __init__(self, every: int, topo: Topology, run: RunDir, view: View, rates: Rates, measure: Callable[[], Evaluation]) -> None:
+        self.due, self.topo, self.run_dir, self.view, self.rates, self.measure = Every(every, at_stop=False), topo, run, view, rates, measure
+        self.latest: Evaluation | None = None
+
+    def run(self, step: int, result: StepResult) -> None:
+        resume = self.rates.pause()
+        self.latest = self.measure()
+        row: dict[str, Any] = {"step": step, "val_loss": self.latest.loss, "val_tokens": self.latest.tokens}
+        if self.latest.bits_per_byte is not None:
+            row["val_bits_per_byte"] = self.latest.bits_per_byte
+        if self.topo.is_main:
+            self.run_dir.log(row)
+        self.view.row(row)
+        resume()
+
+
+class SaveCheckpoint:
+    """Every n steps, at the end, and when stopped."""
+
+    def __init__(self, cfg: CheckpointConfig, topo: Topology, run: RunDir, engine: Engine, rates: Rates,
+                 facts: Callable[[int], dict[str, Any]]) -> None:  # fmt: skip
+        """`facts`: step -> JSON that a resuming run compares with its own (model, data, seed), and the data position."""
+        self.due, self.cfg, self.topo, self.run_dir = Every(cfg.every), cfg, topo, run
+        self.engine, self.rates, self.facts = engine, rates, facts
+
+    def run(self, step: int, result: StepResult) -> None:
+        root = self.run_dir.checkpoints
+        if step in store.committed(root):
+            return
+        refuse_non_finite(step, result, self.topo)
+        resume = self.rates.pause()
+        began = time.perf_counter()
+        folder: Path = store.save(root, step, self.engine.state(), self.facts(step), self.topo)
+        if self.topo.is_main:
+            gone = store.retire(root, self.cfg)
+            self.run_dir.record("save", step=step, path=str(folder), seconds=time.perf_counter() - began, retired=gone)
+        resume()
+
+
+def refuse_non_finite(step: int, result: StepResult, topo: Topology) -> None:
+    """A checkpoint of a run that has diverged is not worth the good one that retention would delete for it."""
+    finite = torch.stack([result.loss.float(), result.grad_norm.float()]).isfinite().all().int().cpu()
+    if not int(all_reduce_world(finite, topo, "min")):
+        raise RunFailed(f"step {step}: the loss or the gradient norm is not finite; nothing was saved, the checkpoints before are whole")

@@ -1,0 +1,34 @@
+"""The model as the engine sees it: token ids and labels in, one loss out."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from megatron_scratch.models.decoder import Decoder
+from megatron_scratch.models.objective import cross_entropy_sum
+
+
+class LanguageModel(nn.Module):
+    """A decoder and its objective under one forward, so that what wraps a module (DDP, FSDP) sees the whole of it.
+
+    Parameter names are the decoder's own: the engine and the checkpoints never see this wrapper's prefix.
+    """
+
+    def __init__(self, decoder: Decoder, z_loss: float) -> None:
+        super().__init__()
+        self.decoder, self.z_loss = decoder, z_loss
+
+    def forward(
+        self, tokens_BS: torch.Tensor, labels_BS: torch.Tensor, positions_BS: torch.Tensor | None = None,
+        documents_BS: torch.Tensor | None = None,
+    ) -> torch.Tensor:  # fmt: skip
+        """Sum of the loss over labels that are not ignored, a scalar in fp32 nats."""
+        return self.loss_sum(tokens_BS, labels_BS, positions_BS, documents_BS, self.z_loss)
+
+    def loss_sum(
+        self, tokens_BS: torch.Tensor, labels_BS: torch.Tensor, positions_BS: torch.Tensor | None,
+        documents_BS: torch.Tensor | None, z_loss: float,
+    ) -> torch.Tensor:  # fmt: skip
+        hidden_BSD = self.decoder(tokens_BS, positions_BS, documents_BS)
+        return cross_entropy_sum(self.decoder, hidden_BSD, labels_BS, z_loss)

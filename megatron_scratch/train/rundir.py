@@ -1,0 +1,92 @@
+"""The run directory: one holder at a time, one resolved config, a metrics file without overlaps, a ledger of events."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from megatron_scratch.util.errors import UserError
+from megatron_scratch.util.files import atomic_write
+
+
+class RunDir:
+    """Paths and files of one run. Only the main rank writes; every rank may read."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.config = self.path / "config.yaml"
+        self.checkpoints = self.path / "checkpoints"
+        self.metrics = self.path / "metrics.jsonl"
+        self.ledger = self.path / "ledger.jsonl"
+        self.logs = self.path / "logs"
+        self.plot = self.path / "loss.png"
+
+    def create(self) -> None:
+        """Make the folders, and prove that they can be written to before anything is computed."""
+        try:
+            self.logs.mkdir(parents=True, exist_ok=True)
+            self.checkpoints.mkdir(exist_ok=True)
+            probe = self.path / f".probe.{os.getpid()}"
+            probe.write_bytes(b"")
+            probe.unlink()
+        except OSError as error:
+            raise UserError(f"dir={self.path} cannot be written: {error.strerror}; give another dir=") from error
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the run directory. The kernel frees the lock with the process that holds it, however that ends.
+
+        Raises:
+            UserError: another live process holds it; the message names it.
+        """
+        with open(self.path / ".lock", "a+", encoding="utf-8") as f:
+            try:
+                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                f.seek(0)
+                raise UserError(f"dir={self.path} is in use by {f.read().strip() or 'another process'}; "
+                                "wait for it, stop it, or give another dir=") from None  # fmt: skip
+            f.truncate(0)
+            f.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}")
+            f.flush()
+            yield
+
+    def record(self, event: str, **facts: Any) -> None:
+        """Append one event to the ledger: what happened, when, at which step, why."""
+        line = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "event": event, **facts}
+        _append(self.ledger, line)
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Append one row of metrics."""
+        _append(self.metrics, row)
+
+    def rewind(self, step: int) -> None:
+        """Drop metrics after `step`: a resumed run computes those steps again, and the file keeps one row a step."""
+        if not self.metrics.exists():
+            return
+        rows = read_jsonl(self.metrics)
+        with atomic_write(self.metrics, "w") as f:
+            f.writelines(json.dumps(row) + "\n" for row in rows if row["step"] <= step)
+
+
+def _append(path: Path, row: dict[str, Any]) -> None:
+    with open(path, "a", encoding="utf-8") as f:
+        f.write(json.dumps(row) + "\n")
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file that a killed process may have left with half a last line."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    return rows

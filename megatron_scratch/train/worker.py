@@ -1,0 +1,135 @@
+"""One rank of a training run, from resolved config to exit code."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from megatron_scratch import registry
+from megatron_scratch.checkpoint import store
+from megatron_scratch.config import Config, compose
+from megatron_scratch.data.loader import DataSource, open_data
+from megatron_scratch.engine import Engine
+from megatron_scratch.models.flops import flops_per_token
+from megatron_scratch.parallel import Topology
+from megatron_scratch.train import build
+from megatron_scratch.train.batches import BatchPlan
+from megatron_scratch.train.evaluate import evaluate
+from megatron_scratch.train.fault import StopFlag
+from megatron_scratch.train.hooks import Evaluate, LogMetrics, Rates, SaveCheckpoint
+from megatron_scratch.train.loop import Hook, train
+from megatron_scratch.train.metrics import Silent, View, peak_flops
+from megatron_scratch.train.plot import plot_loss
+from megatron_scratch.train.resume import resume
+from megatron_scratch.train.rundir import RunDir
+from megatron_scratch.train.step import TrainStep
+from megatron_scratch.util.env import Rank, read_rank
+from megatron_scratch.util.errors import StopRequested
+
+
+def run(cfg: Config, rank: Rank, store_file: Path | None = None) -> dict[str, Any]:
+    """Train as one rank. Returns what the run came to: steps, losses, paths.
+
+    Raises:
+        UserError: the run cannot start as asked. RunFailed: it cannot go on. StopRequested: it was told to stop, and saved.
+    """
+    os.umask(0o027)  # weights and configs are not for every user of a cluster
+    registry.load_plugins(cfg.plugins)
+    run_dir = RunDir(cfg.dir)
+    with ExitStack() as stack:
+        stop = stack.enter_context(StopFlag().listening())
+        if rank.rank == 0:
+            run_dir.create()
+            stack.enter_context(run_dir.locked())
+        topo = stack.enter_context(build.process_group(cfg, rank, store_file))
+        view: View = registry.build("logging", cfg.logging) if topo.is_main else Silent()
+        stack.callback(view.close)
+        return _train(cfg, topo, run_dir, view, stop)
+
+
+def _train(cfg: Config, topo: Topology, run_dir: RunDir, view: View, stop: StopFlag) -> dict[str, Any]:
+    data = open_data(cfg.data, cfg.train.seq_len, cfg.seed)
+    model, engine = build.build_engine(cfg, topo)
+    plan = BatchPlan(cfg.train)
+    facts = build.facts(cfg, data)
+    first = resume(cfg, run_dir, engine, plan, facts, topo, view)
+    if topo.is_main:
+        compose.save(cfg, run_dir.config)
+        run_dir.record("start", step=first, world=topo.world, steps=cfg.train.steps)
+
+    rates = _rates(cfg, topo, plan, first)
+    hooks: list[Hook] = [LogMetrics(cfg.train.log_every, topo, run_dir, view, rates)]
+    evaluation = None
+    if data.valid is not None:
+        sizes = data.tokenizer.bytes_per_id if data.tokenizer else None
+        evaluation = Evaluate(cfg.train.eval_every, topo, run_dir, view, rates,
+                              lambda: evaluate(model, build.validation(cfg, data, topo), topo, sizes, _eval_limit(cfg, topo)))  # fmt: skip
+        hooks.append(evaluation)
+    hooks.append(SaveCheckpoint(cfg.checkpoint, topo, run_dir, engine, rates, lambda step: {**facts, "samples": plan.consumed(step)}))
+
+    dropout = cfg.seed if cfg.model.dropout > 0 else None
+    step = TrainStep(engine, build.loader(cfg, data.train, topo), plan, topo, build.learning_rate(cfg), dropout, lambda: bool(stop.reason))
+    view.start(first, cfg.train.steps)
+    done, stopped = train(first, cfg.train.steps, step, hooks)
+    return _finish(cfg, topo, run_dir, view, done, stopped, stop.reason, evaluation, data, engine)
+
+
+def _eval_limit(cfg: Config, topo: Topology) -> int | None:
+    """Microbatches of this rank in one evaluation."""
+    if cfg.train.eval_batches is None:
+        return None
+    return max(1, cfg.train.eval_batches * cfg.train.global_batch_size // (cfg.train.micro_batch_size * topo.size("dp")))
+
+
+def _rates(cfg: Config, topo: Topology, plan: BatchPlan, first: int) -> Rates:
+    flops = tuple(flops_per_token(cfg.model, cfg.train.seq_len, causal=causal) for causal in (True, False))
+    peak = peak_flops(cfg.train, topo.device, registry.build("precision", cfg.precision))
+    return Rates(lambda step: plan.consumed(step) * cfg.train.seq_len, (flops[0], flops[1]), peak, topo, first)
+
+
+def _finish(
+    cfg: Config, topo: Topology, run_dir: RunDir, view: View, done: int, stopped: bool, reason: str,
+    evaluation: Evaluate | None, data: DataSource, engine: Engine,
+) -> dict[str, Any]:  # fmt: skip
+    if topo.is_main:
+        run_dir.record("stop" if stopped else "finish", step=done, reason=reason or ("asked on another rank" if stopped else ""))
+        plot_loss(run_dir)
+    view.close()
+    if stopped and done < cfg.train.steps:
+        raise StopRequested(f"stopped by {reason or 'another rank'} after step {done} of {cfg.train.steps}; a checkpoint is saved, "
+                            "run the same command to go on")  # fmt: skip
+    latest = evaluation.latest if evaluation else None
+    return {"steps": done, "val_loss": latest.loss if latest else None, "dir": str(run_dir.path), "plot": str(run_dir.plot),
+            "checkpoint": str(store.step_folder(run_dir.checkpoints, done))}  # fmt: skip
+
+
+def main() -> int:
+    """What the local launcher starts: `python -m megatron_scratch.train.worker CONFIG --store FILE`."""
+    from megatron_scratch.util.exits import exit_code
+
+    parser = argparse.ArgumentParser()
+    parser.add_argument("config", type=Path)
+    parser.add_argument("--store", type=Path, required=True)
+    args = parser.parse_args()
+
+    def work() -> None:
+        summary = run(compose.load_file(args.config), read_rank(), args.store)
+        if read_rank().rank == 0:
+            report(summary)
+
+    return exit_code(work)
+
+
+def report(summary: dict[str, Any]) -> None:
+    """The last lines of a run: what it came to and where it lies."""
+    loss = "" if summary["val_loss"] is None else f", validation loss {summary['val_loss']:.4f}"
+    print(f"finished {summary['steps']} steps{loss}")
+    for name, key in (("run directory", "dir"), ("checkpoint", "checkpoint"), ("loss plot", "plot")):
+        print(f"{name + ':':<15}{summary[key]}")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,155 @@
+"""Checkpoints: whole or absent, verified, free of code, the same under another number of ranks."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import run_ranks
+from torch.distributed.tensor import DTensor, Shard
+
+from megatron_scratch.checkpoint import CorruptCheckpoint, committed, load, newest_valid, save, store, verify
+from megatron_scratch.config.train import CheckpointConfig
+from megatron_scratch.parallel import SINGLE, Topology
+from megatron_scratch.util.errors import UserError
+
+
+def whole() -> dict[str, torch.Tensor]:
+    g = torch.Generator().manual_seed(1)
+    return {"model.w": torch.randn(8, 12, generator=g), "model.n": torch.randn(5, generator=g).bfloat16(),
+            "optim.w.step": torch.tensor(3.0), "optim.w.exp_avg": torch.randn(8, 12, generator=g)}  # fmt: skip
+
+
+def sharded(topo: Topology, values: dict[str, torch.Tensor], dim: int) -> dict[str, torch.Tensor]:
+    """The matrices cut over tp, the rest replicated, as engines give them."""
+    if topo.mesh is None:
+        return {k: v.clone() for k, v in values.items()}
+    n, i = topo.size("tp"), topo.index("tp")
+    return {k: DTensor.from_local(v.chunk(n, dim)[i].contiguous(), topo.mesh["tp"], [Shard(dim)]) if v.ndim == 2 else v.clone()
+            for k, v in values.items()}  # fmt: skip
+
+
+def _save(topo: Topology, root: str, dim: int) -> None:
+    save(Path(root), 4, sharded(topo, whole(), dim), {"samples": 40}, topo)
+
+
+def _load(topo: Topology, root: str, dim: int) -> bool:
+    state = sharded(topo, {k: torch.zeros_like(v) for k, v in whole().items()}, dim)
+    folder, problems = newest_valid(Path(root), topo)
+    assert folder is not None and not problems
+    load(folder, verify(folder), state, topo)
+    want = sharded(topo, whole(), dim)
+    return all(torch.equal(a.to_local() if isinstance(a, DTensor) else a, b.to_local() if isinstance(b, DTensor) else b)
+               for a, b in zip(state.values(), want.values(), strict=True))  # fmt: skip
+
+
+@pytest.mark.parametrize(("writers", "readers", "dims"), [(1, 2, (0, 0)), (2, 1, (1, 0)), (2, 4, (0, 1)), (4, 2, (1, 0))])
+def test_any_number_of_ranks_to_any_other(writers: int, readers: int, dims: tuple[int, int], tmp_path: Path) -> None:
+    for world, fn, dim in ((writers, _save, dims[0]), (readers, _load, dims[1])):
+        degrees = {"tp": world}
+        answers = [fn(SINGLE, str(tmp_path), dim)] if world == 1 else run_ranks(world, fn, str(tmp_path), dim, degrees=degrees)
+    assert all(answers)
+
+
+def _bytes_per_rank(topo: Topology, root: str) -> None:
+    save(Path(root), 1, {f"model.{i}": torch.ones(64, 64) for i in range(8)}, {}, topo)
+
+
+def test_replicated_state_is_written_once_and_shared_out(tmp_path: Path) -> None:
+    run_ranks(2, _bytes_per_rank, str(tmp_path))
+    sizes = [f["bytes"] for f in verify(tmp_path / "step_00000001")["files"].values()]
+    assert len(sizes) == 2 and max(sizes) < 5 * 64 * 64 * 4
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    for step in (1, 2):
+        save(tmp_path, step, whole(), {"samples": step}, SINGLE)
+    return tmp_path
+
+
+def test_every_corruption_is_seen_and_the_older_one_is_taken(root: Path) -> None:
+    folder, rng = root / "step_00000002", random.Random(0)
+    keep = root.parent / f"{root.name}_good"
+    shutil.copytree(folder, keep)
+    name = next(p.name for p in folder.glob("*.safetensors"))
+    size = (folder / name).stat().st_size
+
+    def flip(at: int) -> None:
+        data = bytearray((folder / name).read_bytes())
+        data[at // 8] ^= 1 << at % 8
+        (folder / name).write_bytes(data)
+
+    damages = [lambda at=at: flip(at) for at in rng.sample(range(size * 8), 200)]
+    damages += [lambda n=n: (folder / name).write_bytes((keep / name).read_bytes()[:n]) for n in (0, 1, size // 2, size - 1)]
+    damages += [lambda: (folder / name).unlink(), lambda: (folder / "manifest.json").write_text("{"),
+                lambda: (folder / "manifest.json").unlink(), lambda: (folder / name).write_bytes(b"x" * size)]  # fmt: skip
+    for damage in damages:
+        damage()
+        found, problems = newest_valid(root, SINGLE)
+        assert found == root / "step_00000001" and len(problems) == 1 and str(folder) in problems[0]
+        shutil.rmtree(folder)
+        shutil.copytree(keep, folder)
+    assert newest_valid(root, SINGLE) == (folder, [])
+
+
+def test_nothing_in_it_is_unpickled(root: Path, tmp_path: Path) -> None:
+    folder, canary = root / "step_00000002", tmp_path / "canary"
+
+    class Evil:
+        def __reduce__(self) -> tuple[object, ...]:
+            return (Path.touch, (canary,))
+
+    for file in [*folder.iterdir(), folder / ".metadata"]:
+        file.write_bytes(pickle.dumps(Evil()))
+    with pytest.raises(CorruptCheckpoint):
+        verify(folder)
+    assert newest_valid(root, SINGLE)[0] == root / "step_00000001" and not canary.exists()
+
+
+def test_a_manifest_cannot_point_outside(root: Path) -> None:
+    path = root / "step_00000002" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["files"] = {"../../etc/passwd": next(iter(manifest["files"].values()))}
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(CorruptCheckpoint, match="outside"):
+        verify(path.parent)
+
+
+def test_a_crash_while_writing_leaves_the_old_ones(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def crash(*args: object) -> None:
+        raise OSError("no space left")
+
+    for point in ("megatron_scratch.checkpoint.storage.Writer._write_file", "megatron_scratch.checkpoint.storage.write_json",
+                  "pathlib.Path.rename"):  # fmt: skip
+        with monkeypatch.context() as patch:
+            patch.setattr(point, crash)
+            with pytest.raises(BaseException, match="no space left"):
+                save(root, 3, whole(), {}, SINGLE)
+        assert committed(root) == [1, 2] and newest_valid(root, SINGLE)[0] == root / "step_00000002"
+    save(root, 3, whole(), {}, SINGLE)  # what the crashes left behind is in nobody's way
+    assert committed(root) == [1, 2, 3]
+
+
+def test_other_model_is_refused_with_the_name(root: Path) -> None:
+    folder = root / "step_00000002"
+    for change, words in ((lambda s: s.pop("model.n"), "model.n"), (lambda s: s.update(extra=torch.ones(1)), "extra"),
+                          (lambda s: s.update({"model.n": torch.ones(6).bfloat16()}), "model.n"),
+                          (lambda s: s.update({"model.n": torch.ones(5)}), "model.n is torch.bfloat16")):  # fmt: skip
+        state = whole()
+        change(state)
+        with pytest.raises(UserError, match=words):
+            load(folder, verify(folder), state, SINGLE)
+
+
+@pytest.mark.parametrize(("last", "every", "kept"), [(2, 0, [5, 6]), (0, 0, [1, 2, 3, 4, 5, 6]), (1, 2, [2, 4, 6]), (1, 5, [5, 6])])
+def test_retention(last: int, every: int, kept: list[int], tmp_path: Path) -> None:
+    for step in range(1, 7):
+        save(tmp_path, step, {"x": torch.ones(1)}, {}, SINGLE)
+        store.retire(tmp_path, CheckpointConfig(keep_last=last, keep_every=every))
+    assert committed(tmp_path) == kept and sorted(p.name for p in tmp_path.iterdir()) == [f"step_{s:08d}" for s in kept]

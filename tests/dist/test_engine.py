@@ -1,0 +1,92 @@
+"""Engines: gradients, norm and weights are those of one process, for any number of ranks and microbatches."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from ranks import run_ranks
+from torch import nn
+
+from megatron_scratch.config.train import EngineConfig
+from megatron_scratch.engine import Parts
+from megatron_scratch.engine.ddp import DDPEngine
+from megatron_scratch.parallel import SINGLE, Topology, materialize, shard_param
+from megatron_scratch.parallel.layout import normal
+
+ROWS, STEPS = 8, 3
+
+
+class Core(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = (shard_param((5, 5), SINGLE, init=normal(0.5)) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (torch.tanh(x @ self.a) @ self.b).square().sum()
+
+
+class Wrapper(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.core = Core()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.core(x)
+
+
+def _optimizer(named: dict[str, nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.AdamW([{"params": list(named.values()), "lr_scale": 1.0}], lr=0.0)
+
+
+def build(topo: Topology, clip: float) -> DDPEngine:
+    model = Wrapper()
+    fill = partial(materialize, model.core, 5, topo.device)
+    return DDPEngine(EngineConfig(), Parts(model, model.core, fill, _optimizer, topo, clip))
+
+
+def _train(topo: Topology, micro: int, clip: float) -> tuple[list[float], dict[str, list[float]]]:
+    engine, norms = build(topo, clip), []
+    data = torch.randn(STEPS, ROWS, 5, generator=torch.Generator().manual_seed(0))
+    for step in range(STEPS):
+        mine = data[step].chunk(topo.size("dp"))[topo.index("dp")].split(micro)
+        for i, x in enumerate(mine):
+            with engine.microbatch(last=i == len(mine) - 1):
+                engine.backward(engine.forward(x) / ROWS)
+        norms.append(engine.step(1e-2).item())
+    return norms, {k: v.flatten().tolist() for k, v in engine.state().items()}
+
+
+@pytest.mark.parametrize(("world", "micro"), [(1, 2), (2, 4), (2, 1), (4, 1)])
+@pytest.mark.parametrize("clip", [0.0, 0.05])
+def test_ddp_equals_one_process(world: int, micro: int, clip: float) -> None:
+    norms, state = _train(SINGLE, ROWS, clip)
+    for got_norms, got in [_train(SINGLE, micro, clip)] if world == 1 else run_ranks(world, _train, micro, clip, detail=False):
+        # fp32 sums of 8 rows in another order: a few ulp (1.2e-7) each; AdamW divides by sqrt(v), which magnifies them.
+        assert got_norms == pytest.approx(norms, rel=2e-6)
+        assert set(got) == set(state) and {k.split(".")[0] for k in got} == {"model", "optim"}
+        for name in state:
+            assert got[name] == pytest.approx(state[name], rel=2e-4, abs=1e-7), name
+
+
+def test_norm_is_before_clipping() -> None:
+    assert _train(SINGLE, ROWS, 0.0)[0][0] == pytest.approx(_train(SINGLE, ROWS, 0.05)[0][0], rel=1e-6)
+
+
+def _reductions(topo: Topology) -> int:
+    """All-reduces of gradient buckets in a step of four microbatches."""
+    engine, calls = build(topo, 0.0), []
+    import megatron_scratch.engine.ddp as module
+
+    whole = module.dist.all_reduce
+    module.dist.all_reduce = lambda *a, **k: (calls.append(1), whole(*a, **k))[1]
+    for i in range(4):
+        with engine.microbatch(last=i == 3):
+            engine.backward(engine.forward(torch.ones(2, 5)))
+    module.dist.all_reduce = whole
+    return len(calls)
+
+
+def test_gradients_are_reduced_once_a_step() -> None:
+    assert run_ranks(2, _reductions, detail=False) == [1, 1]
