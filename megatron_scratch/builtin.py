@@ -12,6 +12,8 @@ _PARTS = {
     "norm": {"rmsnorm": "models.norms:RMSNorm", "layernorm": "models.norms:LayerNorm"},
     "mlp": {"gelu": "models.mlp:GELU", "gelu_tanh": "models.mlp:GELUTanh", "silu": "models.mlp:SiLU",
             "relu2": "models.mlp:ReLU2", "swiglu": "models.mlp:SwiGLU", "geglu": "models.mlp:GEGLU"},
+    "block": {"pre": "models.decoder:PreNormBlock", "post": "models.decoder:PostNormBlock"},
+    "hf": {"gpt2": "models.hf:GPT2", "llama": "models.hf:LLAMA", "qwen3": "models.hf:QWEN3"},
     "attention": {"auto": "models.attend:auto", "reference": "models.attend:reference", "sdpa": "models.attend:sdpa",
                   "matmul": "models.attend:matmul"},
     "engine": {"ddp": "engine.ddp:DDPEngine"},

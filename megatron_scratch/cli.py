@@ -108,19 +108,20 @@ def _data_prepare(words: list[str]) -> int:
     if cfg is None:
         return OK
     from megatron_scratch.config.data import check_corpus
-    from megatron_scratch.corpus.pipeline import prepare, summary
+    from megatron_scratch.corpus.pipeline import prepare
 
     check_corpus(cfg.corpus)
-    print(summary(prepare(cfg.corpus, progress=lambda text: print(text, flush=True)), cfg.corpus.output))
+    prepare(cfg.corpus, progress=lambda text: print(text, flush=True))
     return OK
 
 
 def _data_inspect(words: list[str]) -> int:
-    from megatron_scratch.corpus.pipeline import InspectArgs, inspect
     from megatron_scratch.config.compose import parse_args
+    from megatron_scratch.config.verbs import InspectArgs
+    from megatron_scratch.corpus.report import inspect
 
     args = parse_args(InspectArgs, words, positional="data")
-    print(inspect(args))
+    print(inspect(args.data, args.document, args.sample, args.seq_len, args.seed))
     return OK
 
 

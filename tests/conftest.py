@@ -30,3 +30,14 @@ def one_thread() -> Iterator[None]:
 
     torch.set_num_threads(1)
     yield
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small prepared dataset of real text: bytes of the standard library's sources."""
+    from megatron_scratch.config import CorpusConfig
+    from megatron_scratch.corpus.pipeline import prepare
+
+    output = tmp_path_factory.mktemp("corpus") / "bytes"
+    prepare(CorpusConfig(input="stdlib", output=str(output), tokenizer="byte", max_bytes=200_000, valid_fraction=0.05))
+    return output

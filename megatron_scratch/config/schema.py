@@ -9,7 +9,7 @@ from megatron_scratch import registry
 from megatron_scratch.config.data import CorpusConfig, DataConfig, check_corpus, check_data
 from megatron_scratch.config.model import ModelConfig, check_model
 from megatron_scratch.config.optim import OptimConfig, ScheduleConfig, check_optim, check_schedule
-from megatron_scratch.config.train import (CheckpointConfig, EngineConfig, LauncherConfig, LoggingConfig, ParallelConfig,
+from megatron_scratch.config.train import (BenchConfig, CheckpointConfig, EngineConfig, LauncherConfig, LoggingConfig, ParallelConfig,
                                            PrecisionConfig, TrainConfig, check_batch, check_checkpoint, check_parallel)  # fmt: skip
 from megatron_scratch.util.errors import UserError, choice
 
@@ -34,6 +34,7 @@ class Config:
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     launcher: LauncherConfig = field(default_factory=LauncherConfig)
     corpus: CorpusConfig = field(default_factory=CorpusConfig)
+    bench: BenchConfig = field(default_factory=BenchConfig)
 
 
 def check(cfg: Config, world: int) -> None:

@@ -85,6 +85,14 @@ class LauncherConfig:
     processes: Optional[int] = None  # None: all local GPUs, or the fewest that the layout needs
 
 
+@dataclass
+class BenchConfig:
+    """`bench`: real steps on made-up tokens."""
+
+    steps: int = 10
+    warmup: int = 3
+
+
 def check_batch(t: TrainConfig, dp: int) -> None:
     """Refuse batch sizes that cannot be cut into equal microbatches over `dp` data-parallel ranks."""
     for key in ("steps", "seq_len", "global_batch_size", "micro_batch_size", "log_every"):

@@ -9,6 +9,17 @@ from megatron_scratch.util.errors import UserError
 
 
 @dataclass
+class InspectArgs:
+    """`data inspect DIR`: a prepared folder or a Megatron prefix."""
+
+    data: str = ""
+    document: Optional[int] = None  # show this document
+    sample: Optional[int] = None  # show this training sample, and where it comes from
+    seq_len: int = 256  # of the sample
+    seed: int = 1234  # of the sample
+
+
+@dataclass
 class EvalArgs:
     """`eval RUN`: a run directory or one of its checkpoints."""
 

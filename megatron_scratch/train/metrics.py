@@ -103,7 +103,8 @@ class Console:
         self.out.print(text, markup=False)
 
     def close(self) -> None:
-        self.progress.stop()
+        if self.live:
+            self.progress.stop()
 
 
 class Silent:

@@ -6,7 +6,6 @@ import torch
 from torch import nn
 
 from megatron_scratch.models.decoder import Decoder
-from megatron_scratch.models.objective import cross_entropy_sum
 
 
 class LanguageModel(nn.Module):
@@ -31,4 +30,4 @@ class LanguageModel(nn.Module):
         documents_BS: torch.Tensor | None, z_loss: float,
     ) -> torch.Tensor:  # fmt: skip
         hidden_BSD = self.decoder(tokens_BS, positions_BS, documents_BS)
-        return cross_entropy_sum(self.decoder, hidden_BSD, labels_BS, z_loss)
+        return self.decoder.loss_sum(hidden_BSD, labels_BS, z_loss)[0]

@@ -1,0 +1,66 @@
+"""How many parameters a config has and how much arithmetic a token costs, from the config alone. No torch, nothing is built."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_scratch.config.model import ModelConfig
+
+GATED = ("swiglu", "geglu")
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """Parameters by place, with the true vocabulary (the padding rows of the tables are not counted)."""
+
+    embed: int  # input table
+    position: int  # learned positions
+    layers: int
+    norm: int  # the final one
+    head: int  # 0 where it is the input table
+
+    @property
+    def total(self) -> int:
+        return self.embed + self.position + self.layers + self.norm + self.head
+
+    @property
+    def without_embeddings(self) -> int:
+        """Layers and final norm: the N of the scaling-law papers (Kaplan et al., arXiv 2001.08361)."""
+        return self.layers + self.norm
+
+    def multiplied(self, vocab_matrix: int) -> int:
+        """Layers, final norm and head, tied or not: what every token is multiplied with. Look-up tables are not."""
+        return self.layers + self.norm + vocab_matrix
+
+
+def count_parameters(cfg: ModelConfig) -> ParameterCount:
+    """Exact, by part; a test compares it with the built model."""
+    assert cfg.vocab_size is not None
+    d, q, kv, f = cfg.hidden_size, cfg.num_heads * cfg.head_size, cfg.kv_heads * cfg.head_size, cfg.ffn
+    bias, qkv_bias = int(cfg.bias), int(cfg.bias if cfg.qkv_bias is None else cfg.qkv_bias)
+    norm = d * (1 + bias) if cfg.norm == "layernorm" else d
+    attention = (q + 2 * kv) * (d + qkv_bias) + q * d + bias * d + 2 * cfg.head_size * int(cfg.qk_norm)
+    ups = 2 if cfg.mlp in GATED else 1
+    mlp = ups * f * (d + bias) + f * d + bias * d
+    table = cfg.vocab_size * d
+    return ParameterCount(
+        embed=table,
+        position=cfg.max_seq_len * d if cfg.position == "learned" else 0,
+        layers=cfg.num_layers * (attention + mlp + 2 * norm),
+        norm=norm if cfg.norm_place == "pre" else 0,
+        head=0 if cfg.tie_embeddings else table,
+    )
+
+
+def flops_per_token(cfg: ModelConfig, seq_len: int, causal: bool) -> float:
+    """Floating-point operations of one token, forward + backward: 6 N + 12 L h s (full) or 6 N + 6 L h s (causal).
+
+    N is what a token is multiplied with: layers, final norm and the head (once, tied or not), without the look-up tables of
+    tokens and positions. h is heads x head size. Full attention (PaLM, nanoGPT, torchtitan) counts s keys per query though
+    the mask hides half; causal (Megatron) counts s/2. A sliding window w < s sees w keys, or w - w^2/2s. Recomputation never counts.
+    """
+    assert cfg.vocab_size is not None
+    window = min(cfg.sliding_window or seq_len, seq_len)
+    keys = window - window * window / (2 * seq_len) if causal else window
+    n = count_parameters(cfg).multiplied(cfg.vocab_size * cfg.hidden_size)
+    return 6.0 * n + 12.0 * cfg.num_layers * cfg.num_heads * cfg.head_size * keys

@@ -1,0 +1,98 @@
+"""`bench`: tokens per second and MFU of real training steps of a config, on made-up tokens, and where the time goes."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from megatron_scratch import registry
+from megatron_scratch.config import Config, check
+from megatron_scratch.data.loader import Batch
+from megatron_scratch.models.flops import count_parameters, flops_per_token
+from megatron_scratch.train import build
+from megatron_scratch.train.metrics import memory_gib, peak_flops, synchronize
+from megatron_scratch.train.step import to_device
+from megatron_scratch.util.env import Rank
+
+DEFAULT_VOCAB = 256  # bytes: the vocabulary of the published comparison
+
+
+@dataclass
+class Clock:
+    """Seconds per named phase, over all measured steps."""
+
+    device: torch.device
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        synchronize(self.device)
+        start = time.perf_counter()
+        yield
+        synchronize(self.device)
+        self.seconds.setdefault(name, []).append(time.perf_counter() - start)
+
+
+def bench(cfg: Config) -> str:
+    """Measure `bench.steps` steps after `bench.warmup`; one process. Returns a report of a few lines."""
+    if cfg.model.vocab_size is None:
+        cfg.model.vocab_size = DEFAULT_VOCAB
+    check(cfg, world=1)
+    with build.process_group(cfg, Rank(), None) as topo:
+        model, engine = build.build_engine(cfg, topo)
+        rng, clock, totals = np.random.default_rng(cfg.seed), Clock(topo.device), []
+        for i in range(cfg.bench.warmup + cfg.bench.steps):
+            if i == cfg.bench.warmup:
+                clock.seconds.clear()
+                totals.clear()
+            start = time.perf_counter()
+            _step(cfg, engine, [_batch(cfg, rng) for _ in range(cfg.train.global_batch_size // cfg.train.micro_batch_size)], clock)
+            totals.append(time.perf_counter() - start)
+        return _report(cfg, totals, clock, topo.device)
+
+
+def _batch(cfg: Config, rng: np.random.Generator) -> Batch:
+    ids = rng.integers(0, cfg.model.vocab_size, (cfg.train.micro_batch_size, cfg.train.seq_len + 1))
+    return Batch(np.ascontiguousarray(ids[:, :-1]), np.ascontiguousarray(ids[:, 1:]), None, None, 0)
+
+
+def _step(cfg: Config, engine: Any, batches: list[Batch], clock: Clock) -> None:
+    tokens = cfg.train.global_batch_size * cfg.train.seq_len
+    for i, batch in enumerate(batches):
+        with engine.microbatch(last=i == len(batches) - 1):
+            with clock.phase("forward"):
+                loss = engine.forward(*to_device(batch, clock.device)) / tokens
+            with clock.phase("backward"):
+                engine.backward(loss)
+    with clock.phase("optimizer"):
+        engine.step(cfg.optim.lr)
+
+
+def _report(cfg: Config, totals: list[float], clock: Clock, device: torch.device) -> str:
+    tokens = cfg.train.global_batch_size * cfg.train.seq_len
+    rates = [tokens / s for s in totals]
+    middle, dtype = statistics.median(rates), registry.build("precision", cfg.precision)
+    peak = peak_flops(cfg.train, device, dtype)
+    mfu = [middle * flops_per_token(cfg.model, cfg.train.seq_len, causal=causal) / peak for causal in (True, False)]
+    parts = {name: sum(s) / sum(totals) for name, s in clock.seconds.items()}
+    split = "  ".join(f"{name} {part:.0%}" for name, part in parts.items())
+    which = "given" if cfg.train.peak_tflops else "data sheet" if device.type == "cuda" else "measured matmul"
+    return "\n".join([
+        f"{count_parameters(cfg.model).total / 1e6:.2f}M parameters, {cfg.precision.name}, attention {cfg.model.attention}, "
+        f"compile {cfg.train.compile}, {tokens:,} tokens/step, {cfg.bench.steps} steps on {_name(device)}",
+        f"tokens/s   min {min(rates):,.0f}  median {middle:,.0f}  max {max(rates):,.0f}",
+        f"MFU        {mfu[0]:.1%} (6N + 6Lhs, causal)  {mfu[1]:.1%} (6N + 12Lhs)  of {peak / 1e12:.2f} TFLOP/s ({which})",
+        f"step time  {split}",
+        f"memory     {memory_gib(device):.2f} GiB peak",
+    ])  # fmt: skip
+
+
+def _name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"

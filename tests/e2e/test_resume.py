@@ -1,0 +1,142 @@
+"""Nothing is lost: a run that is killed anywhere goes on by itself, bitwise equal to a run that never was."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+from runs import config, kill_after, ledger, rows, run, weights
+
+STEPS, EVERY = 8, 3
+LONG = ["train.steps=8", f"checkpoint.every={EVERY}", "model.dropout=0.1", "train.eval_every=4"]
+OPTIMIZERS = ["adamw", "muon"]
+
+# Where to die, and how many calls in: in the middle of a step, in every stage of a save, between the two.
+POINTS = [
+    ("megatron_scratch.engine.ddp:DDPEngine.backward", 15, "backward"),
+    ("megatron_scratch.engine.ddp:DDPEngine.step", 5, "optimizer"),
+    ("megatron_scratch.train.hooks:Evaluate.run", 1, "evaluation"),
+    ("megatron_scratch.checkpoint.storage:Writer.write_data", 2, "before_write"),
+    ("megatron_scratch.checkpoint.storage:Writer._write_file", 2, "write"),
+    ("megatron_scratch.checkpoint.store:barrier", 4, "after_rename"),
+]
+MAIN_ONLY = [
+    ("megatron_scratch.checkpoint.storage:write_json", 2, "manifest"),
+    ("megatron_scratch.checkpoint.store:Path.rename", 2, "rename"),
+    ("megatron_scratch.checkpoint.store:fsync_dir", 2, "parent_fsync"),
+    ("megatron_scratch.checkpoint.store:shutil.rmtree", 3, "retire"),
+]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, str], Path]:
+    done = {}
+    for world in (1, 2):
+        for optim in OPTIMIZERS if world == 1 else OPTIMIZERS[:1]:
+            path = tmp_path_factory.mktemp("whole") / f"{optim}{world}"
+            assert run(config(corpus, path, *LONG, f"optim={optim}", world=world), world) == [0] * world
+            done[world, optim] = path
+    return done
+
+
+def cases() -> list[object]:
+    out = [pytest.param(1, "adamw", p, n, id=f"1-{name}") for p, n, name in POINTS + MAIN_ONLY]
+    out += [pytest.param(2, "adamw", p, n, id=f"2-{name}") for p, n, name in POINTS]
+    return [*out, pytest.param(1, "muon", *POINTS[1][:2], id="1-muon")]
+
+
+@pytest.mark.parametrize(("world", "optim", "point", "calls"), cases())
+def test_killed_anywhere(
+    world: int, optim: str, point: str, calls: int, corpus: Path, tmp_path: Path, uninterrupted: dict[tuple[int, str], Path]
+) -> None:
+    cfg = config(corpus, tmp_path / "r", *LONG, f"optim={optim}", "checkpoint.keep_last=1", world=world)
+    codes = run(cfg, world, kill_after(point, calls))
+    assert codes[-1] == -signal.SIGKILL and 0 not in codes, codes
+    assert run(cfg, world) == [0] * world
+    whole = uninterrupted[world, optim]
+    assert rows(tmp_path / "r") == rows(whole), "every step once, with the same loss and norm to the last bit"
+    assert weights(tmp_path / "r", STEPS) == weights(whole, STEPS)
+    assert [p.name for p in (tmp_path / "r" / "checkpoints").iterdir() if not p.name.startswith(".")] == ["step_00000008"]
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_stopped_by_a_signal(world: int, corpus: Path, tmp_path: Path, uninterrupted: dict[tuple[int, str], Path]) -> None:
+    """SIGTERM to one rank: all save at the same step and exit with 75; the next start goes on, bitwise."""
+    cfg = config(corpus, tmp_path / "r", *LONG, world=world)
+
+    def soon() -> None:
+        import megatron_scratch.train.step as module
+
+        whole, count = module.TrainStep.__call__, [0]
+
+        def call(self: object, step: int) -> object:
+            count[0] += 1
+            if count[0] == 5:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return whole(self, step)  # type: ignore[arg-type]
+
+        module.TrainStep.__call__ = call  # type: ignore[method-assign]
+
+    assert run(cfg, world, soon) == [75] * world
+    assert ledger(tmp_path / "r", "stop")[0]["step"] == 5
+    assert run(cfg, world) == [0] * world
+    assert rows(tmp_path / "r") == rows(uninterrupted[world, "adamw"])
+    assert weights(tmp_path / "r", STEPS) == weights(uninterrupted[world, "adamw"], STEPS)
+
+
+def test_a_corrupt_checkpoint_is_passed_over(corpus: Path, tmp_path: Path, uninterrupted: dict[tuple[int, str], Path]) -> None:
+    cfg = config(corpus, tmp_path / "r", *LONG, "checkpoint.keep_last=0")
+    run(cfg, 1, kill_after("megatron_scratch.engine.ddp:DDPEngine.step", 8))
+    damaged = next((tmp_path / "r" / "checkpoints" / "step_00000006").glob("*.safetensors"))
+    content = bytearray(damaged.read_bytes())
+    content[-1] ^= 1
+    damaged.write_bytes(content)
+    cfg.train.steps = 5
+    assert run(cfg) == [0]
+    assert str(damaged) in ledger(tmp_path / "r", "corrupt_checkpoint")[0]["problem"]
+    assert ledger(tmp_path / "r", "resume")[0]["step"] == 3
+
+
+def test_another_number_of_ranks_goes_on_at_the_same_sample(
+    corpus: Path, tmp_path: Path, uninterrupted: dict[tuple[int, str], Path]
+) -> None:
+    """Stop on two ranks, go on with one and with four: fp32 sums in another order, nothing else (dropout is by sample)."""
+    for world in (1, 4):
+        path = tmp_path / str(world)
+        two = config(corpus, path, *LONG, "train.steps=3", "schedule.steps=8", world=2)
+        assert run(two, 2) == [0, 0]
+        assert run(config(corpus, path, *LONG, "schedule.steps=8", world=world), world) == [0] * world
+        whole = rows(uninterrupted[1, "adamw"])
+        for step, (loss, norm) in rows(path).items():
+            assert loss == pytest.approx(whole[step][0], abs=2e-5) and norm == pytest.approx(whole[step][1], rel=1e-3), step
+
+
+@pytest.mark.parametrize(("change", "words"), [("seed=7", "seed is 7"), ("model.ffn_size=96", "model.ffn_size is 96"),
+                                               ("train.seq_len=16", "seq_len is 16"), ("optim=lion", "optim is 'lion'"),
+                                               ("data.order=contiguous", "contiguous"), ("checkpoint.resume=never", "never")])  # fmt: skip
+def test_another_run_is_refused(
+    change: str, words: str, corpus: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run(config(corpus, tmp_path / "r", "train.steps=2")) == [0]
+    before = sorted((p, p.stat().st_mtime_ns) for p in (tmp_path / "r" / "checkpoints").rglob("*"))
+    assert run(config(corpus, tmp_path / "r", "train.steps=4", change)) == [2]
+    assert words in capfd.readouterr().err
+    assert before == sorted((p, p.stat().st_mtime_ns) for p in (tmp_path / "r" / "checkpoints").rglob("*"))
+
+
+def test_from_another_runs_checkpoint(corpus: Path, tmp_path: Path) -> None:
+    assert run(config(corpus, tmp_path / "a", "train.steps=2")) == [0]
+    assert run(config(corpus, tmp_path / "b", "train.steps=4", f"checkpoint.resume={tmp_path / 'a'}")) == [0]
+    assert sorted(rows(tmp_path / "b")) == [3, 4]
+    assert run(config(corpus, tmp_path / "b", "train.steps=5", f"checkpoint.resume={tmp_path / 'a'}")) == [0]
+    assert ledger(tmp_path / "b", "resume")[-1]["step"] == 4, "its own checkpoints come first"
+
+
+def test_a_changed_batch_size_loses_no_sample(corpus: Path, tmp_path: Path) -> None:
+    assert run(config(corpus, tmp_path / "r", "train.steps=3")) == [0]
+    assert run(config(corpus, tmp_path / "r", "train.steps=5", "train.global_batch_size=4")) == [0]
+    assert ledger(tmp_path / "r", "resume")[0]["samples"] == 24
+    manifest = (tmp_path / "r" / "checkpoints" / "step_00000005" / "manifest.json").read_text()
+    assert '"samples": 32' in manifest
