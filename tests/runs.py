@@ -12,9 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import matplotlib.backends.backend_agg  # noqa: F401  (here once, instead of 0.5 s in every forked run)
-import matplotlib.figure  # noqa: F401
 import torch
+import torch._dynamo  # noqa: F401  (any optimizer imports it: here once, instead of 0.5 s in every forked run)
 
 from megatron_scratch.config import Config, compose
 from megatron_scratch.launch.resolve import resolve
@@ -36,6 +35,7 @@ def config(data: Path, run: Path, *overrides: str, world: int = 1) -> Config:
 def _rank(cfg: Config, rank: Rank, store: str, fault: Fault | None) -> None:
     faulthandler.dump_traceback_later(120, exit=True)
     torch.set_num_threads(1)
+    worker.plot_loss = lambda run_dir: None  # 0.3 s; test_train draws one
     if fault is not None and rank.rank == rank.world - 1:
         fault()
     code = exit_code(lambda: worker.run(cfg, rank, Path(store)))

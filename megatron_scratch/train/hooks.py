@@ -82,14 +82,13 @@ class Evaluate:
 
     def __init__(self, every: int, topo: Topology, run: RunDir, view: View, rates: Rates, measure: Callable[[], Evaluation]) -> None:
         self.due, self.topo, self.run_dir, self.view, self.rates, self.measure = Every(every, at_stop=False), topo, run, view, rates, measure
-        self.latest: Evaluation | None = None
 
     def run(self, step: int, result: StepResult) -> None:
         resume = self.rates.pause()
-        self.latest = self.measure()
-        row: dict[str, Any] = {"step": step, "val_loss": self.latest.loss, "val_tokens": self.latest.tokens}
-        if self.latest.bits_per_byte is not None:
-            row["val_bits_per_byte"] = self.latest.bits_per_byte
+        found = self.measure()
+        row: dict[str, Any] = {"step": step, "val_loss": found.loss, "val_tokens": found.tokens}
+        if found.bits_per_byte is not None:
+            row["val_bits_per_byte"] = found.bits_per_byte
         if self.topo.is_main:
             self.run_dir.log(row)
         self.view.row(row)

@@ -67,6 +67,11 @@ class RunDir:
         """Append one row of metrics."""
         _append(self.metrics, row)
 
+    def last(self, key: str) -> Any:
+        """The newest value of a metric, or None."""
+        rows = read_jsonl(self.metrics) if self.metrics.exists() else []
+        return next((row[key] for row in reversed(rows) if key in row), None)
+
     def rewind(self, step: int) -> None:
         """Drop metrics after `step`: a resumed run computes those steps again, and the file keeps one row a step."""
         if not self.metrics.exists():

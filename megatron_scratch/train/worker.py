@@ -11,8 +11,7 @@ from typing import Any
 from megatron_scratch import registry
 from megatron_scratch.checkpoint import store
 from megatron_scratch.config import Config, compose
-from megatron_scratch.data.loader import DataSource, open_data
-from megatron_scratch.engine import Engine
+from megatron_scratch.data.loader import open_data
 from megatron_scratch.models.flops import flops_per_token
 from megatron_scratch.parallel import Topology
 from megatron_scratch.train import build
@@ -62,19 +61,19 @@ def _train(cfg: Config, topo: Topology, run_dir: RunDir, view: View, stop: StopF
 
     rates = _rates(cfg, topo, plan, first)
     hooks: list[Hook] = [LogMetrics(cfg.train.log_every, topo, run_dir, view, rates)]
-    evaluation = None
     if data.valid is not None:
         sizes = data.tokenizer.bytes_per_id if data.tokenizer else None
-        evaluation = Evaluate(cfg.train.eval_every, topo, run_dir, view, rates,
-                              lambda: evaluate(model, build.validation(cfg, data, topo), topo, sizes, _eval_limit(cfg, topo)))  # fmt: skip
-        hooks.append(evaluation)
+        hooks.append(Evaluate(cfg.train.eval_every, topo, run_dir, view, rates,
+                              lambda: evaluate(model, build.validation(cfg, data, topo), topo, sizes, _eval_limit(cfg, topo))))  # fmt: skip
     hooks.append(SaveCheckpoint(cfg.checkpoint, topo, run_dir, engine, rates, lambda step: {**facts, "samples": plan.consumed(step)}))
 
     dropout = cfg.seed if cfg.model.dropout > 0 else None
     step = TrainStep(engine, build.loader(cfg, data.train, topo), plan, topo, build.learning_rate(cfg), dropout, lambda: bool(stop.reason))
+    if first >= cfg.train.steps:
+        view.say(f"already at step {first}; raise train.steps={cfg.train.steps} to go on")
     view.start(first, cfg.train.steps)
     done, stopped = train(first, cfg.train.steps, step, hooks)
-    return _finish(cfg, topo, run_dir, view, done, stopped, stop.reason, evaluation, data, engine)
+    return _finish(cfg, topo, run_dir, view, done, stopped, stop.reason)
 
 
 def _eval_limit(cfg: Config, topo: Topology) -> int | None:
@@ -90,10 +89,7 @@ def _rates(cfg: Config, topo: Topology, plan: BatchPlan, first: int) -> Rates:
     return Rates(lambda step: plan.consumed(step) * cfg.train.seq_len, (flops[0], flops[1]), peak, topo, first)
 
 
-def _finish(
-    cfg: Config, topo: Topology, run_dir: RunDir, view: View, done: int, stopped: bool, reason: str,
-    evaluation: Evaluate | None, data: DataSource, engine: Engine,
-) -> dict[str, Any]:  # fmt: skip
+def _finish(cfg: Config, topo: Topology, run_dir: RunDir, view: View, done: int, stopped: bool, reason: str) -> dict[str, Any]:
     if topo.is_main:
         run_dir.record("stop" if stopped else "finish", step=done, reason=reason or ("asked on another rank" if stopped else ""))
         plot_loss(run_dir)
@@ -101,8 +97,7 @@ def _finish(
     if stopped and done < cfg.train.steps:
         raise StopRequested(f"stopped by {reason or 'another rank'} after step {done} of {cfg.train.steps}; a checkpoint is saved, "
                             "run the same command to go on")  # fmt: skip
-    latest = evaluation.latest if evaluation else None
-    return {"steps": done, "val_loss": latest.loss if latest else None, "dir": str(run_dir.path), "plot": str(run_dir.plot),
+    return {"steps": done, "val_loss": run_dir.last("val_loss"), "dir": str(run_dir.path), "plot": str(run_dir.plot),
             "checkpoint": str(store.step_folder(run_dir.checkpoints, done))}  # fmt: skip
 
 

@@ -139,6 +139,8 @@ def test_a_finished_output_is_left_alone(tmp_path: Path) -> None:
     assert {p.name: p.stat().st_mtime_ns for p in (tmp_path / "out").iterdir()} == stamps
     with pytest.raises(UserError, match="other inputs or settings; choose another folder, or delete it"):
         prepare(replace(cfg, vocab_size=330))
+    with pytest.raises(UserError, match="other inputs or settings"):
+        prepare(replace(cfg, seed=9))
     jsonl(source, 41)
     with pytest.raises(UserError, match="other inputs or settings"):
         prepare(cfg)

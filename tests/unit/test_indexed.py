@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from megatron_scratch.data.indexed import IndexedDataset, IndexedWriter, best_dtype, check_token_ids
+from megatron_scratch.util import files
 from megatron_scratch.util.errors import UserError
 
 
@@ -65,10 +66,10 @@ def test_mode_column_of_multimodal_files_is_accepted(tmp_path: Path) -> None:
 def test_items_are_copies_that_outlive_the_dataset(tmp_path: Path) -> None:
     x = IndexedDataset(write(tmp_path / "x", [[1, 2, 3], [4]]))
     a, b = x.document(0), x.read(1, 3)
-    a[0] = 99
+    a[0] = b[0] = 99
     assert x.document(0).tolist() == [1, 2, 3]
     del x
-    assert a.tolist() == [99, 2, 3] and b.tolist() == [2, 3, 4]
+    assert a.tolist() == [99, 2, 3] and b.tolist() == [99, 3, 4]
 
 
 def test_pickles_by_its_path(tmp_path: Path) -> None:
@@ -103,6 +104,22 @@ def test_a_failed_rewrite_keeps_the_old_pair(tmp_path: Path, monkeypatch: pytest
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
 
 
+def test_a_new_bin_never_meets_an_old_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed between the two renames of a rewrite: no index, so nothing that opens."""
+    write(tmp_path / "x", [[1, 2, 3]])
+    rename = files.os.replace
+
+    def dies(a: Path, b: Path) -> None:
+        if b.suffix == ".idx":
+            raise KeyboardInterrupt
+        rename(a, b)
+
+    monkeypatch.setattr(files.os, "replace", dies)
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path / "x", [[9, 9, 9]])
+    assert [p.name for p in tmp_path.iterdir()] == ["x.bin"]
+
+
 def test_truncated_and_foreign_files_are_refused(tmp_path: Path) -> None:
     write(tmp_path / "x", [[1, 2, 3], [4, 5]])
     data, index = (tmp_path / "x.bin").read_bytes(), (tmp_path / "x.idx").read_bytes()
@@ -114,6 +131,7 @@ def test_truncated_and_foreign_files_are_refused(tmp_path: Path) -> None:
     for damaged, words in ((index[:-1], "truncated or damaged"), (b"", "not a Megatron index"),
                            (b"PK" + index[2:], "not a Megatron index"),
                            (index[:9] + b"\2" + index[10:], "version 2; allowed: 1"),
+                           (index[:26] + bytes(8) + index[34:58], "truncated or damaged"),  # no document entry at all
                            (index[:17] + b"\6" + index[18:], "dtype code 6"), (index[:30], "not a Megatron")):  # fmt: skip
         (tmp_path / "x.idx").write_bytes(damaged)
         with pytest.raises(UserError, match=words):
