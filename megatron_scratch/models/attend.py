@@ -86,8 +86,9 @@ def sdpa(
     q, k, v = (x.transpose(1, 2) for x in (q_BSHK, k_BTGK, v_BTGK))
     allowed = None if mask.allowed_BST is None else mask.allowed_BST.unsqueeze(1)
     out_BHSK = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=allowed, dropout_p=dropout_p, is_causal=mask.causal and mask.keys > 1, enable_gqa=q.shape[1] != k.shape[1]
-    )
+        q, k, v, attn_mask=allowed, dropout_p=dropout_p, is_causal=mask.causal and mask.keys > 1,
+        enable_gqa=q.shape[1] != k.shape[1],
+    )  # fmt: skip
     return out_BHSK.transpose(1, 2)
 
 

@@ -35,8 +35,8 @@ class Attention(nn.Module):
         self.dropout = cfg.dropout
         self.attend = registry.get("attention", cfg.attention)
         bias = cfg.bias if cfg.qkv_bias is None else cfg.qkv_bias
-        heads = {"qkv": cfg.num_heads + 2 * cfg.kv_heads} if cfg.fused_qkv else dict(zip("qkv", (cfg.num_heads, *[cfg.kv_heads] * 2)))
-        for name, count in heads.items():
+        separate = {"q": cfg.num_heads, "k": cfg.kv_heads, "v": cfg.kv_heads}
+        for name, count in ({"qkv": sum(separate.values())} if cfg.fused_qkv else separate).items():
             self.add_module(name, Linear(cfg.hidden_size, count * self.head, topo, cfg.init_std, bias, cut="out"))
         self.project = self._fused if cfg.fused_qkv else self._separate
         self.out = Linear(cfg.num_heads * self.head, cfg.hidden_size, topo, residual_std(cfg), cfg.bias, cut="in")

@@ -57,7 +57,8 @@ def flops_per_token(cfg: ModelConfig, seq_len: int, causal: bool) -> float:
 
     N is what a token is multiplied with: layers, final norm and the head (once, tied or not), without the look-up tables of
     tokens and positions. h is heads x head size. Full attention (PaLM, nanoGPT, torchtitan) counts s keys per query though
-    the mask hides half; causal (Megatron) counts s/2. A sliding window w < s sees w keys, or w - w^2/2s. Recomputation never counts.
+    the mask hides half; causal (Megatron) counts s/2. A sliding window w < s sees w keys, or w - w^2/2s. Recomputation is not
+    counted.
     """
     assert cfg.vocab_size is not None
     window = min(cfg.sliding_window or seq_len, seq_len)

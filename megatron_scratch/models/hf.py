@@ -185,8 +185,9 @@ def _read_gpt2(c: Mapping[str, Any]) -> ModelConfig:
         if c.get(key):
             raise UserError(f"config.json: {key}=true is not known here; allowed: false")
     return ModelConfig(
-        vocab_size=c["vocab_size"], num_layers=c["n_layer"], hidden_size=c["n_embd"], num_heads=c["n_head"], ffn_size=c.get("n_inner"),
-        max_seq_len=c["n_positions"], position="learned", norm="layernorm", norm_eps=c.get("layer_norm_epsilon", 1e-5),
+        vocab_size=c["vocab_size"], num_layers=c["n_layer"], hidden_size=c["n_embd"], num_heads=c["n_head"],
+        ffn_size=c.get("n_inner") or 4 * c["n_embd"], max_seq_len=c["n_positions"], position="learned",
+        norm="layernorm", norm_eps=c.get("layer_norm_epsilon", 1e-5),
         mlp=_ACTIVATIONS[c.get("activation_function", "gelu_new")], bias=True, tie_embeddings=c.get("tie_word_embeddings", True),
         dropout=c.get("resid_pdrop", 0.1), init_std=c.get("initializer_range", 0.02),
     )  # fmt: skip
@@ -233,8 +234,9 @@ def _read_llama(c: Mapping[str, Any]) -> ModelConfig:
     if c.get("use_sliding_window"):
         raise UserError("config.json: use_sliding_window=true is per layer there and for all layers here; allowed: false")
     return ModelConfig(
-        vocab_size=c["vocab_size"], num_layers=c["num_hidden_layers"], hidden_size=c["hidden_size"], num_heads=c["num_attention_heads"],
-        num_kv_heads=c.get("num_key_value_heads"), head_dim=c.get("head_dim"), ffn_size=c["intermediate_size"],
+        vocab_size=c["vocab_size"], num_layers=c["num_hidden_layers"], hidden_size=c["hidden_size"],
+        num_heads=c["num_attention_heads"], num_kv_heads=c.get("num_key_value_heads"),
+        head_dim=c.get("head_dim"), ffn_size=c["intermediate_size"],
         max_seq_len=c["max_position_embeddings"], rope=_read_rope(c), norm_eps=c.get("rms_norm_eps", 1e-6), mlp="swiglu",
         bias=bool(c.get("mlp_bias")), qk_norm=c["model_type"] == "qwen3", tie_embeddings=c.get("tie_word_embeddings", False),
         init_std=c.get("initializer_range", 0.02),
@@ -257,15 +259,19 @@ _LLAMA_NEEDS = {"position": ("rope",), "norm": ("rmsnorm",), "norm_place": ("pre
 
 GPT2 = Family(
     "gpt2", "GPT2LMHeadModel",
-    {"position": ("learned",), "norm": ("layernorm",), "norm_place": ("pre",), "mlp": ("gelu_tanh", "gelu", "silu"), "bias": (True,),
-     "qkv_bias": (None, True), "qk_norm": (False,), "sliding_window": (None,), "num_kv_heads": (None,), "head_dim": (None,)},
+    {"position": ("learned",), "norm": ("layernorm",), "norm_place": ("pre",), "mlp": ("gelu_tanh", "gelu", "silu"),
+     "bias": (True,), "qkv_bias": (None, True), "qk_norm": (False,),
+     "sliding_window": (None,), "num_kv_heads": (None,), "head_dim": (None,)},
     _read_gpt2, _write_gpt2, "transformer.h.",
-    {"attention_norm": "ln_1", "attention.q": "attn.q", "attention.k": "attn.k", "attention.v": "attn.v", "attention.out": "attn.c_proj",
-     "mlp_norm": "ln_2", "mlp.up": "mlp.c_fc", "mlp.down": "mlp.c_proj", "embed": "transformer.wte", "position": "transformer.wpe",
+    {"attention_norm": "ln_1", "attention.q": "attn.q", "attention.k": "attn.k", "attention.v": "attn.v",
+     "attention.out": "attn.c_proj", "mlp_norm": "ln_2", "mlp.up": "mlp.c_fc",
+     "mlp.down": "mlp.c_proj", "embed": "transformer.wte", "position": "transformer.wpe",
      "norm": "transformer.ln_f", "head": "lm_head"},
     packed="c_attn", transposed=("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"), skip=r"attn\.(masked_)?bias$",
 )  # fmt: skip
-LLAMA = Family("llama", "LlamaForCausalLM", {**_LLAMA_NEEDS, "qk_norm": (False,)}, _read_llama, _write_llama, "model.layers.", _LLAMA_NAMES)
+LLAMA = Family(
+    "llama", "LlamaForCausalLM", {**_LLAMA_NEEDS, "qk_norm": (False,)}, _read_llama, _write_llama, "model.layers.", _LLAMA_NAMES
+)
 QWEN3 = Family(
     "qwen3", "Qwen3ForCausalLM", {**_LLAMA_NEEDS, "qk_norm": (True,), "bias": (False,)}, _read_llama, _write_llama, "model.layers.",
     {**_LLAMA_NAMES, "attention.q_norm": "self_attn.q_norm", "attention.k_norm": "self_attn.k_norm"},

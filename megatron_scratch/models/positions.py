@@ -113,9 +113,9 @@ def linear_scaled(cfg: RopeConfig, size: int) -> tuple[torch.Tensor, float]:
 def llama3_scaled(cfg: RopeConfig, size: int) -> tuple[torch.Tensor, float]:
     """Llama 3.1: long wavelengths are stretched by `factor`, short ones left alone, with a linear passage between."""
     plain = unscaled(cfg, size)[0]
-    turns = cfg.original_max_seq_len * plain / (2 * math.pi)  # rotations over the original length
+    turns = cfg.original_max_seq_len / (2 * math.pi / plain)  # rotations over the original length
     keep = ((turns - cfg.low_freq_factor) / (cfg.high_freq_factor - cfg.low_freq_factor)).clamp(0.0, 1.0)
-    return plain / cfg.factor * (1.0 - keep) + plain * keep, 1.0
+    return (1.0 - keep) * plain / cfg.factor + keep * plain, 1.0
 
 
 def yarn_scaled(cfg: RopeConfig, size: int) -> tuple[torch.Tensor, float]:

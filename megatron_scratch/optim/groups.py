@@ -37,7 +37,8 @@ def param_groups(named_parameters: Iterable[tuple[str, torch.Tensor]], cfg: Opti
             matched[i] = True
     for rule, hit in zip(cfg.groups, matched, strict=False):
         if not hit and rule not in _no_decay():
-            raise UserError(f"optim.groups: the pattern {rule.pattern!r} matches no parameter; names look like {', '.join(names[:3])}")
+            raise UserError(f"optim.groups: the pattern {rule.pattern!r} matches no parameter; "
+                            f"names look like {', '.join(names[:3])}")  # fmt: skip
     return [_group(rule, part, cfg) for rule, part in zip(rules, members, strict=True) if part]
 
 

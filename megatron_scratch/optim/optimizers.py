@@ -145,5 +145,6 @@ def _is_hidden(name: str, p: torch.Tensor) -> bool:
     """A matrix between two hidden spaces; tables that are looked up, and the head, are not."""
     hidden = p.ndim == 2 and not re.match(r"(embed|position|head)\.", name)
     if hidden and isinstance(p, DTensor) and any(placement.is_shard() for placement in p.placements):
-        raise UserError(f"optim=muon needs whole matrices, and {name} is cut by the layout; use engine=ddp and parallel.tp=1, or optim=adamw")
+        raise UserError(f"optim=muon needs whole matrices, and {name} is cut by the layout; "
+                        "use engine=ddp and parallel.tp=1, or optim=adamw")  # fmt: skip
     return hidden

@@ -14,7 +14,7 @@ from megatron_scratch.config.optim import ScheduleConfig, WSDConfig
 
 
 def lr_at(cfg: ScheduleConfig, step: int, total_steps: int) -> float:
-    """Multiple of `optim.lr` for update `step` of a run of `total_steps`; `cfg.steps`, where given, takes the place of the latter."""
+    """Multiple of `optim.lr` for update `step` of a run of `total_steps`; `cfg.steps`, where given, stands in for the latter."""
     return float(registry.get("schedule", cfg.name)(cfg, step, cfg.steps or total_steps))
 
 

@@ -25,6 +25,7 @@ from megatron_scratch.optim.groups import param_groups
 from megatron_scratch.parallel import Topology, materialize
 from megatron_scratch.train.objective import LanguageModel
 from megatron_scratch.util.env import Rank, master, restart_count
+from megatron_scratch.util.memory import keep_freed_memory
 
 TIMEOUT = timedelta(minutes=10)  # torch's default of 30 leaves a hung job unseen for half an hour
 FREE_MODEL_FIELDS = {"attention", "dropout"}  # may change between a checkpoint and the run that resumes it
@@ -44,8 +45,10 @@ def process_group(cfg: Config, rank: Rank, store_file: Path | None) -> Iterator[
     device = torch.device("cuda", rank.local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    elif rank.world > 1 or cfg.train.threads:
-        torch.set_num_threads(cfg.train.threads or max(1, (os.cpu_count() or 1) // rank.world))
+    else:
+        keep_freed_memory()
+        if rank.world > 1 or cfg.train.threads:
+            torch.set_num_threads(cfg.train.threads or max(1, (os.cpu_count() or 1) // rank.world))
     if rank.world > 1:
         # CPU tensors travel over gloo even in a GPU job: counts and flags need no device sync.
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
@@ -109,10 +112,13 @@ def loader(cfg: Config, dataset: Any, topo: Topology) -> Loader:
 
 
 def validation(cfg: Config, data: DataSource, topo: Topology) -> Iterator[Batch]:
-    """This rank's share of the validation windows, from the start; past the last one a batch is filled up with padding."""
+    """This rank's share of the validation windows, from the start; past the last one a batch is filled up with padding.
+
+    Every rank gets the same number of batches: engines that gather parameters in forward need all ranks to take part.
+    """
     mine, micro = loader(cfg, data.valid, topo), cfg.train.micro_batch_size
-    for first in range(topo.index("dp") * micro, len(data.valid or ()), topo.size("dp") * micro):
-        yield mine.batch(first)
+    for first in range(0, len(data.valid or ()), topo.size("dp") * micro):
+        yield mine.batch(first + topo.index("dp") * micro)
 
 
 def facts(cfg: Config, data: DataSource) -> dict[str, Any]:
