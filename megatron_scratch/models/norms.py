@@ -26,19 +26,19 @@ class _RMSNormCPU(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x_D: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Tensor:
-        x = x_D.float()
-        scale = torch.rsqrt(torch.linalg.vecdot(x, x).unsqueeze(-1) / x.shape[-1] + eps)  # 1 / rms, (..., 1)
+        norm = torch.linalg.vector_norm(x_D, dim=-1, keepdim=True, dtype=torch.float32)
+        scale = torch.rsqrt(norm.square() / x_D.shape[-1] + eps)  # 1 / rms, (..., 1)
         ctx.save_for_backward(x_D, weight_D, scale)
-        return (x * scale).mul_(weight_D).to(x_D.dtype)
+        return (x_D * scale).mul_(weight_D).to(x_D.dtype)  # bf16 times fp32 is fp32
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
         x_D, weight_D, scale = ctx.saved_tensors
-        xh, dy = x_D.float() * scale, grads[0].float()
-        g = dy * weight_D
-        mean = torch.linalg.vecdot(g, xh).unsqueeze(-1) / xh.shape[-1]
-        d_weight = torch.linalg.vecdot(dy.flatten(0, -2), xh.flatten(0, -2), dim=0)
-        d_x = torch.addcmul(g, xh, mean, value=-1.0).mul_(scale)
+        xh = x_D * scale
+        product = grads[0] * xh
+        d_weight = product.flatten(0, -2).sum(0)
+        mean = product.mul_(weight_D).mean(-1, keepdim=True)
+        d_x = (grads[0] * weight_D).addcmul_(xh, mean, value=-1.0).mul_(scale)  # in place: fresh memory costs more than the sum
         return d_x.to(x_D.dtype), d_weight, None
 
 

@@ -111,7 +111,7 @@ def test_bf16_compute_keeps_fp32_weights_and_gradients() -> None:
 
 def test_init_has_the_stated_sizes_and_any_slice_can_be_drawn_alone() -> None:
     decoder = model(hidden_size=128, num_layers=8)
-    weights = dict(decoder.named_parameters())
+    weights = {name: p.detach() for name, p in decoder.named_parameters()}
     assert float(weights["layers.7.mlp.up.weight"].std()) == pytest.approx(0.02, rel=0.05)
     assert float(weights["layers.7.mlp.down.weight"].std()) == pytest.approx(0.02 / 4, rel=0.05)
     assert float(weights["layers.0.attention.out.weight"].std()) == pytest.approx(0.02 / 4, rel=0.05)
