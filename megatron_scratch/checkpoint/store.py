@@ -75,12 +75,12 @@ def verify(folder: Path, part: int = 0, parts: int = 1) -> dict[str, Any]:
     return manifest
 
 
-def newest_valid(root: Path, topo: Topology) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint whose every file is as written, and what was wrong with newer ones; collective.
+def newest_valid(root: Path, topo: Topology) -> tuple[Path | None, dict[Path, str]]:
+    """The newest checkpoint whose every file is as written, and {newer folder: what is wrong with it}; collective.
 
     The ranks share the files among them to verify, and agree on the answer.
     """
-    problems: list[str] = []
+    problems: dict[Path, str] = {}
     for step in reversed(committed(root)):
         folder, problem = step_folder(root, step), ""
         try:
@@ -89,8 +89,20 @@ def newest_valid(root: Path, topo: Topology) -> tuple[Path | None, list[str]]:
             problem = str(error)
         if int(all_reduce_world(torch.tensor(int(not problem)), topo, "min")):
             return folder, problems
-        problems.append(problem or f"{folder}: another rank found a corrupt file")
+        problems[folder] = problem or f"{folder}: another rank found a corrupt file"
     return None, problems
+
+
+def set_aside(folder: Path) -> Path:
+    """Take a corrupt checkpoint out of the committed names, so that its step can be saved again; nothing is deleted."""
+    aside = folder.with_name(f"corrupt_{folder.name}")
+    count = 1
+    while aside.exists():
+        count += 1
+        aside = folder.with_name(f"corrupt_{folder.name}.{count}")
+    folder.rename(aside)
+    fsync_dir(folder.parent)
+    return aside
 
 
 def shapes(manifest: dict[str, Any]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:

@@ -54,8 +54,7 @@ def prepare(cfg: CorpusConfig, progress: Progress | None = None) -> dict[str, An
     work = output / WORK
     work.mkdir(parents=True, exist_ok=True)
     read = _stage(work, "read", keys, lambda: _read(cfg, files, work, say))
-    lost = sum(reason["count"] for reason in read["dropped"].values())
-    say(f"read {read['documents']} documents, {read['bytes'] / 1e6:.1f} MB; dropped {lost}")
+    say(f"read {read['documents']} documents, {read['bytes'] / 1e6:.1f} MB; {_lost(read['dropped'])}")
     store = IndexedDataset(work / "text")
     told = _stage(work, "tokenizer", keys, lambda: _tokenizer(cfg, store, output))
     tokenizer = load_tokenizer(output / told["file"])
@@ -66,6 +65,13 @@ def prepare(cfg: CorpusConfig, progress: Progress | None = None) -> dict[str, An
     shutil.rmtree(work)
     say(f"{output}: {_summary(manifest)}")
     return manifest
+
+
+def _lost(dropped: dict[str, Any]) -> str:
+    """What was left out, by reason, with the first place of each; the manifest names more."""
+    if not dropped:
+        return "nothing left out"
+    return "left out: " + ", ".join(f"{told['count']} {reason} (e.g. {told['samples'][0]})" for reason, told in dropped.items())
 
 
 def _hash(*parts: Any) -> str:

@@ -34,11 +34,12 @@ class _RMSNormCPU(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
         x_D, weight_D, scale = ctx.saved_tensors
-        xh = x_D * scale
-        product = grads[0] * xh
+        xh = x_D.to(torch.float32, copy=True).mul_(scale)  # in place where it can be: fresh memory costs more than the arithmetic
+        dy = grads[0].to(torch.float32, copy=True)
+        product = dy * xh
         d_weight = product.flatten(0, -2).sum(0)
         mean = product.mul_(weight_D).mean(-1, keepdim=True)
-        d_x = (grads[0] * weight_D).addcmul_(xh, mean, value=-1.0).mul_(scale)  # in place: fresh memory costs more than the sum
+        d_x = dy.mul_(weight_D).addcmul_(xh, mean, value=-1.0).mul_(scale)
         return d_x.to(x_D.dtype), d_weight, None
 
 

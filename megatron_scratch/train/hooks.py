@@ -106,8 +106,6 @@ class SaveCheckpoint:
 
     def run(self, step: int, result: StepResult) -> None:
         root = self.run_dir.checkpoints
-        if step in store.committed(root):
-            return
         refuse_non_finite(step, result, self.topo)
         resume = self.rates.pause()
         began = time.perf_counter()

@@ -56,15 +56,15 @@ def find(cfg: Config, run_dir: RunDir, topo: Topology, view: View) -> Path | Non
 
 
 def newest(root: Path, topo: Topology, view: View | None = None, run_dir: RunDir | None = None) -> Path:
-    """The newest whole checkpoint; what was wrong with newer ones is said and recorded."""
+    """The newest whole checkpoint. In the run's own directory, corrupt newer ones are said, recorded, and set aside."""
     folder, problems = store.newest_valid(root, topo)
-    for problem in problems:
+    if folder is None:
+        raise RunFailed(f"every checkpoint in {root} is corrupt: {next(iter(problems.values()))}; restore one, or start in another dir=")
+    for corrupt, problem in problems.items():
         if view is not None:
             view.say(f"passed over a corrupt checkpoint: {problem}")
         if run_dir is not None and topo.is_main:
-            run_dir.record("corrupt_checkpoint", problem=problem)
-    if folder is None:
-        raise RunFailed(f"every checkpoint in {root} is corrupt: {problems[0]}; restore one, or start in another dir=")
+            run_dir.record("corrupt_checkpoint", problem=problem, moved_to=str(store.set_aside(corrupt)))
     return folder
 
 

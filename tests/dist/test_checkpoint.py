@@ -92,10 +92,10 @@ def test_every_corruption_is_seen_and_the_older_one_is_taken(root: Path) -> None
     for damage in damages:
         damage()
         found, problems = newest_valid(root, SINGLE)
-        assert found == root / "step_00000001" and len(problems) == 1 and str(folder) in problems[0]
+        assert found == root / "step_00000001" and list(problems) == [folder] and str(folder) in problems[folder]
         shutil.rmtree(folder)
         shutil.copytree(keep, folder)
-    assert newest_valid(root, SINGLE) == (folder, [])
+    assert newest_valid(root, SINGLE) == (folder, {})
 
 
 def test_nothing_in_it_is_unpickled(root: Path, tmp_path: Path) -> None:

@@ -74,6 +74,20 @@ def test_norm_is_before_clipping() -> None:
     assert _train(SINGLE, ROWS, 0.0)[0][0] == pytest.approx(_train(SINGLE, ROWS, 0.05)[0][0], rel=1e-6)
 
 
+def test_norm_and_clipping_are_torchs() -> None:
+    engine, twin = build(SINGLE, 0.05), build(SINGLE, 0.0)
+    x = torch.randn(4, 5, generator=torch.Generator().manual_seed(2))
+    for e in (engine, twin):
+        e.backward(e.forward(x))
+    norm = torch.nn.utils.clip_grad_norm_(list(twin.named.values()), 0.05)
+    clipped = [p.grad.clone() for p in twin.named.values()]
+    seen: list[torch.Tensor] = []
+    engine.optimizer.register_step_pre_hook(lambda *_: seen.extend(p.grad.clone() for p in engine.named.values()))
+    assert engine.step(1e-2).item() == pytest.approx(norm.item(), rel=1e-6)
+    for got, want in zip(seen, clipped, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-8)
+
+
 def _reductions(topo: Topology) -> int:
     """All-reduces of gradient buckets in a step of four microbatches."""
     engine, calls = build(topo, 0.0), []

@@ -93,8 +93,10 @@ def test_a_corrupt_checkpoint_is_passed_over(corpus: Path, tmp_path: Path, unint
     content = bytearray(damaged.read_bytes())
     content[-1] ^= 1
     damaged.write_bytes(content)
-    cfg.train.steps = 5
     assert run(cfg) == [0]
+    assert weights(tmp_path / "r", STEPS) == weights(uninterrupted[1, "adamw"], STEPS)
+    assert (tmp_path / "r" / "checkpoints" / "step_00000006" / "manifest.json").is_file(), "its step was saved again"
+    assert (tmp_path / "r" / "checkpoints" / "corrupt_step_00000006" / damaged.name).read_bytes() == content, "nothing is deleted"
     assert str(damaged) in ledger(tmp_path / "r", "corrupt_checkpoint")[0]["problem"]
     assert ledger(tmp_path / "r", "resume")[0]["step"] == 3
 
