@@ -1,6 +1,15 @@
 """Every part that ships with the package, on one screen: kind, name, where it lives. Listing them imports none of them."""
 
-from megatron_scratch.config.optim import AdamWConfig, LionConfig, MuonConfig, ScheduleConfig, SGDConfig, WSDConfig
+from megatron_scratch.config.optim import (
+    AdamWConfig,
+    DecayConfig,
+    FloorConfig,
+    LionConfig,
+    MuonConfig,
+    ScheduleConfig,
+    SGDConfig,
+    WSDConfig,
+)
 from megatron_scratch.registry import register
 
 _P = "megatron_scratch"
@@ -28,8 +37,8 @@ _PARTS = {
 }  # fmt: skip
 
 _OPTIMIZERS = {"adamw": AdamWConfig, "sgd": SGDConfig, "lion": LionConfig, "muon": MuonConfig}
-_SCHEDULES = {"constant": ScheduleConfig, "linear": ScheduleConfig, "cosine": ScheduleConfig,
-              "inverse_sqrt": ScheduleConfig, "wsd": WSDConfig}  # fmt: skip
+_SCHEDULES = {"constant": ScheduleConfig, "linear": DecayConfig, "cosine": DecayConfig,
+              "inverse_sqrt": FloorConfig, "wsd": WSDConfig}  # fmt: skip
 
 
 def register_all() -> None:

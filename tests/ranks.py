@@ -42,7 +42,9 @@ def _main(rank: int, world: int, store: str, degrees: dict[str, int], fn: Callab
         os._exit(0)  # no interpreter shutdown: the parent's pytest state is not ours to tear down
 
 
-def run_ranks(world: int, fn: Callable[..., Any], *args: Any, degrees: dict[str, int] | None = None, detail: bool = True) -> list[Any]:
+def run_ranks(
+    world: int, fn: Callable[..., Any], *args: Any, degrees: dict[str, int] | None = None, detail: bool = True
+) -> list[Any]:
     """`fn(topo, *args)` on `world` forked ranks (dp unless `degrees` says otherwise); their results in order of rank."""
     context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory() as tmp:

@@ -46,7 +46,9 @@ def run(cfg: Config, world: int = 1, fault: Fault | None = None) -> list[int]:
     """Train on `world` forked ranks; `fault` is armed in the last one. Returns the exit codes (negative: signal)."""
     context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory() as tmp:
-        ranks = [context.Process(target=_rank, args=(cfg, Rank(r, world, r, world > 1), f"{tmp}/store", fault)) for r in range(world)]
+        ranks = [
+            context.Process(target=_rank, args=(cfg, Rank(r, world, r, world > 1), f"{tmp}/store", fault)) for r in range(world)
+        ]
         for process in ranks:
             process.start()
         for process in ranks:

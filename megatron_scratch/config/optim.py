@@ -75,21 +75,40 @@ class MuonConfig(OptimConfig):
 
 @dataclass
 class ScheduleConfig:
-    """Learning rate over steps, as a multiple of `optim.lr`; a linear warm-up from 0 comes first."""
+    """Learning rate over steps, as a multiple of `optim.lr`; a linear warm-up comes first. `constant` is no more than this."""
+
+    name: str = "constant"
+    warmup_steps: int = 0
+
+
+@dataclass
+class FloorConfig(ScheduleConfig):
+    """Falls to a floor, but has no end: inverse_sqrt."""
+
+    name: str = "inverse_sqrt"
+    min_lr_ratio: float = 0.1  # the floor, as a part of optim.lr
+
+
+@dataclass
+class DecayConfig(FloorConfig):
+    """Falls to a floor by a given step: linear, cosine."""
 
     name: str = "cosine"
-    warmup_steps: int = 0
-    min_lr_ratio: float = 0.1  # the floor, as a part of optim.lr
     steps: Optional[int] = None  # length of the schedule; None: train.steps
 
 
 @dataclass
-class WSDConfig(ScheduleConfig):
+class WSDConfig(DecayConfig):
     """Warm-up, stable, decay (arXiv 2404.06395): constant, then down over the last `decay_ratio` of the steps."""
 
     name: str = "wsd"
     decay_ratio: float = 0.2
     decay: str = "linear"  # linear | sqrt (1 - sqrt(x), arXiv 2405.18392) | cosine
+
+
+def schedule_steps(s: ScheduleConfig, train_steps: int) -> int:
+    """Length of the schedule in steps."""
+    return getattr(s, "steps", None) or train_steps
 
 
 def check_optim(o: Any) -> None:
@@ -102,9 +121,9 @@ def check_optim(o: Any) -> None:
 
 
 def check_schedule(s: Any, steps: int) -> None:
-    if not 0 <= s.min_lr_ratio <= 1:
+    if hasattr(s, "min_lr_ratio") and not 0 <= s.min_lr_ratio <= 1:
         raise UserError(f"schedule.min_lr_ratio={s.min_lr_ratio} must be in [0, 1]")
-    total = s.steps or steps
+    total = schedule_steps(s, steps)
     if not 0 <= s.warmup_steps <= total:
         raise UserError(f"schedule.warmup_steps={s.warmup_steps} must be between 0 and the schedule's {total} steps")
     if hasattr(s, "decay"):

@@ -9,8 +9,19 @@ from megatron_scratch import registry
 from megatron_scratch.config.data import CorpusConfig, DataConfig, check_corpus, check_data
 from megatron_scratch.config.model import ModelConfig, check_model
 from megatron_scratch.config.optim import OptimConfig, ScheduleConfig, check_optim, check_schedule
-from megatron_scratch.config.train import (BenchConfig, CheckpointConfig, EngineConfig, LauncherConfig, LoggingConfig, ParallelConfig,
-                                           PrecisionConfig, TrainConfig, check_batch, check_checkpoint, check_parallel)  # fmt: skip
+from megatron_scratch.config.train import (
+    BenchConfig,
+    CheckpointConfig,
+    EngineConfig,
+    LauncherConfig,
+    LoggingConfig,
+    ParallelConfig,
+    PrecisionConfig,  # fmt: skip
+    TrainConfig,
+    check_batch,
+    check_checkpoint,
+    check_parallel,
+)
 from megatron_scratch.util.errors import UserError, choice
 
 

@@ -110,8 +110,9 @@ def check_batch(t: TrainConfig, dp: int) -> None:
     unit = t.micro_batch_size * dp
     for key, size in sizes:
         if size % unit:
+            near = f"{max(unit, size // unit * unit)}, {(size // unit + 1) * unit}"
             raise UserError(f"{key}={size} is not divisible by train.micro_batch_size={t.micro_batch_size} x data-parallel size "
-                            f"{dp} = {unit}; nearest that are: {max(unit, size // unit * unit)}, {(size // unit + 1) * unit}")  # fmt: skip
+                            f"{dp} = {unit}; nearest that are: {near}")  # fmt: skip
 
 
 def check_parallel(p: ParallelConfig) -> None:

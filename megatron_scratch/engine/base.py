@@ -10,7 +10,6 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-
 from megatron_scratch.parallel.topology import Topology
 
 

@@ -15,7 +15,6 @@ from megatron_scratch.config.train import EngineConfig
 from megatron_scratch.engine.base import Parts
 from megatron_scratch.engine.clip import clip_, global_norm
 
-
 # torch 2.13 renamed the argument and warns of the old name; 2.11 knows only the old one.
 _DDP_ARGUMENTS = inspect.signature(DistributedDataParallel.__init__).parameters
 _SYNC_BUFFERS = "forward_sync_buffers" if "forward_sync_buffers" in _DDP_ARGUMENTS else "broadcast_buffers"
@@ -81,7 +80,7 @@ class DDPEngine:
 def allocate_optimizer_state(
     named: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, shapes: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 ) -> None:
-    """Zeros for every `optim.NAME.KEY`: laid out as the parameter where the shapes agree, else a plain CPU tensor (counters)."""
+    """Zeros for every `optim.NAME.KEY`: laid out as the parameter where the shapes agree, else a plain tensor (counters)."""
     for full, (shape, dtype) in shapes.items():
         name, _, key = full.removeprefix("optim.").rpartition(".")
         if not full.startswith("optim.") or name not in named:
@@ -90,4 +89,5 @@ def allocate_optimizer_state(
         state: dict[str, Any] = optimizer.state[parameter]
         if key not in state:
             alike = tuple(parameter.shape) == shape
-            state[key] = torch.zeros_like(parameter, dtype=dtype) if alike else torch.zeros(shape, dtype=dtype)
+            counters = parameter.device if optimizer.defaults.get("fused") else "cpu"  # where torch's optimizers keep `step`
+            state[key] = torch.zeros_like(parameter, dtype=dtype) if alike else torch.zeros(shape, dtype=dtype, device=counters)

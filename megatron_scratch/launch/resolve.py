@@ -36,7 +36,9 @@ def resolve(cfg: Config, world: int) -> Config:
     data = open_data(cfg.data, cfg.train.seq_len, cfg.seed)
     if cfg.model.vocab_size is None:
         if data.vocab_size is None:
-            raise UserError("model.vocab_size is not given and the dataset has no tokenizer to take it from; give model.vocab_size=N")
+            raise UserError(
+                "model.vocab_size is not given and the dataset has no tokenizer to take it from; give model.vocab_size=N"
+            )
         cfg.model.vocab_size = data.vocab_size
     elif data.vocab_size is not None and data.vocab_size > cfg.model.vocab_size:
         raise UserError(f"model.vocab_size={cfg.model.vocab_size} is smaller than the dataset's vocabulary of {data.vocab_size}; "

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from megatron_scratch.util.errors import UserError
+
 BLOCK = 128  # queries per block in `matmul`: keys after a block are never computed, 25 % less work at S = 256, 44 % at 1024
 MATMUL_KEYS = {torch.bfloat16: 2048}  # `auto` on a CPU: keys up to which `matmul` beats `sdpa` by far, figures there
 
@@ -42,9 +44,7 @@ class AttendMask:
         return self.allowed_BST is None and self.queries == self.keys
 
 
-def make_mask(
-    queries: int, keys: int, window: int | None, documents_BT: torch.Tensor | None, device: torch.device
-) -> AttendMask:
+def make_mask(queries: int, keys: int, window: int | None, documents_BT: torch.Tensor | None, device: torch.device) -> AttendMask:
     """The mask of the last `queries` of `keys` tokens. Built once per forward, not once per layer.
 
     Args:
@@ -157,14 +157,13 @@ def _probabilities(scores: torch.Tensor, mask: AttendMask, rows: slice, groups: 
     """Mask and softmax, both in place, of a block of scores (B G, R s, t). Adding -inf to what is masked takes a quarter of
     `masked_fill_`'s time on a CPU, and under a plain causal mask only the last s columns of a block need it."""
     height, seen = rows.stop - rows.start, scores.shape[-1]
-    minus = torch.tensor(-math.inf, dtype=scores.dtype, device=scores.device)
     if mask.allowed_BST is None:
         part = scores.view(scores.shape[0], -1, height, seen)[..., seen - height :]
         part += torch.full((height, height), -math.inf, dtype=scores.dtype, device=scores.device).triu_(1)
     else:
         allowed = mask.allowed_BST[:, None, None, rows, :seen]
-        part = scores.view(-1 if allowed.shape[0] == 1 else allowed.shape[0], groups, scores.shape[1] // height, height, seen)
-        part += torch.where(allowed, torch.zeros_like(minus), minus)
+        part = scores.view(-1, groups, scores.shape[1] // height, height, seen)
+        part += torch.zeros(allowed.shape, dtype=scores.dtype, device=scores.device).masked_fill_(~allowed, -math.inf)
     return torch.softmax(scores, -1, out=scores)
 
 
@@ -173,10 +172,11 @@ def matmul(
 ) -> torch.Tensor:
     """Batched matrix products; keeps about H S T / 2 probabilities per sequence and layer, so it is for short sequences.
 
-    With dropout the probabilities are needed twice; that case is left to `sdpa`.
+    Raises:
+        UserError: dropout, which would need the probabilities twice, before it and after.
     """
     if dropout_p > 0.0:
-        return sdpa(q_BSHK, k_BTGK, v_BTGK, mask, dropout_p)
+        raise UserError(f"model.attention=matmul knows no dropout, got model.dropout={dropout_p}; use model.attention=auto")
     return _Matmul.apply(q_BSHK, k_BTGK, v_BTGK, mask)  # type: ignore[no-any-return]
 
 
@@ -194,4 +194,4 @@ def auto(
     no probabilities. One query (decoding) is left to `sdpa`: there `matmul` would copy the whole cache.
     """
     short = q_BSHK.device.type == "cpu" and 1 < mask.queries and mask.keys <= MATMUL_KEYS.get(q_BSHK.dtype, 0)
-    return (matmul if short else sdpa)(q_BSHK, k_BTGK, v_BTGK, mask, dropout_p)
+    return (matmul if short and dropout_p == 0.0 else sdpa)(q_BSHK, k_BTGK, v_BTGK, mask, dropout_p)

@@ -32,13 +32,12 @@ class Attention(nn.Module):
     def __init__(self, cfg: ModelConfig, topo: Topology):
         super().__init__()
         self.head, self.groups, self.ratio = cfg.head_size, cfg.kv_heads, cfg.num_heads // cfg.kv_heads
-        self.dropout = cfg.dropout
+        self.dropout, self.fused = cfg.dropout, cfg.fused_qkv
         self.attend = registry.get("attention", cfg.attention)
         bias = cfg.bias if cfg.qkv_bias is None else cfg.qkv_bias
         separate = {"q": cfg.num_heads, "k": cfg.kv_heads, "v": cfg.kv_heads}
         for name, count in ({"qkv": sum(separate.values())} if cfg.fused_qkv else separate).items():
             self.add_module(name, Linear(cfg.hidden_size, count * self.head, topo, cfg.init_std, bias, cut="out"))
-        self.project = self._fused if cfg.fused_qkv else self._separate
         self.out = Linear(cfg.num_heads * self.head, cfg.hidden_size, topo, residual_std(cfg), cfg.bias, cut="in")
         self.q_norm = RMSNorm(self.head, cfg.norm_eps, False, topo) if cfg.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(self.head, cfg.norm_eps, False, topo) if cfg.qk_norm else nn.Identity()
@@ -57,7 +56,7 @@ class Attention(nn.Module):
         self, x_BSD: torch.Tensor, rotation: Rotation | None, mask: AttendMask, cache: LayerCache | None = None
     ) -> torch.Tensor:
         """(B, S, D) -> (B, S, D)."""
-        q_BSHK, k_BSGK, v_BSGK = self.project(x_BSD)
+        q_BSHK, k_BSGK, v_BSGK = self._fused(x_BSD) if self.fused else self._separate(x_BSD)
         q_BSHK, k_BSGK = rotate(self.q_norm(q_BSHK), rotation), rotate(self.k_norm(k_BSGK), rotation)
         k_BTGK, v_BTGK = (k_BSGK, v_BSGK) if cache is None else cache.append(k_BSGK, v_BSGK)
         out_BSHK = self.attend(q_BSHK, k_BTGK, v_BTGK, mask, self.dropout if self.training else 0.0)

@@ -10,12 +10,12 @@ from __future__ import annotations
 import math
 
 from megatron_scratch import registry
-from megatron_scratch.config.optim import ScheduleConfig, WSDConfig
+from megatron_scratch.config.optim import DecayConfig, FloorConfig, ScheduleConfig, WSDConfig, schedule_steps
 
 
 def lr_at(cfg: ScheduleConfig, step: int, total_steps: int) -> float:
     """Multiple of `optim.lr` for update `step` of a run of `total_steps`; `cfg.steps`, where given, stands in for the latter."""
-    return float(registry.get("schedule", cfg.name)(cfg, step, cfg.steps or total_steps))
+    return float(registry.get("schedule", cfg.name)(cfg, step, schedule_steps(cfg, total_steps)))
 
 
 def warmup(cfg: ScheduleConfig, step: int) -> float:
@@ -28,7 +28,7 @@ def progress(first: float, step: int, last: float) -> float:
     return min(1.0, max(0.0, (step - first) / (last - first))) if last > first else float(step >= last)
 
 
-def _fall(cfg: ScheduleConfig, step: int, shape: float) -> float:
+def _fall(cfg: FloorConfig, step: int, shape: float) -> float:
     """Warm-up, then `min_lr_ratio` + (1 - `min_lr_ratio`) x shape."""
     return warmup(cfg, step) if step < cfg.warmup_steps else cfg.min_lr_ratio + (1.0 - cfg.min_lr_ratio) * shape
 
@@ -38,17 +38,17 @@ def constant(cfg: ScheduleConfig, step: int, total_steps: int) -> float:
     return warmup(cfg, step)
 
 
-def linear(cfg: ScheduleConfig, step: int, total_steps: int) -> float:
+def linear(cfg: DecayConfig, step: int, total_steps: int) -> float:
     """A straight line down to the floor."""
     return _fall(cfg, step, 1.0 - progress(cfg.warmup_steps, step, total_steps))
 
 
-def cosine(cfg: ScheduleConfig, step: int, total_steps: int) -> float:
+def cosine(cfg: DecayConfig, step: int, total_steps: int) -> float:
     """Half a cosine down to the floor (Loshchilov & Hutter, arXiv 1608.03983)."""
     return _fall(cfg, step, 0.5 * (1.0 + math.cos(math.pi * progress(cfg.warmup_steps, step, total_steps))))
 
 
-def inverse_sqrt(cfg: ScheduleConfig, step: int, total_steps: int) -> float:
+def inverse_sqrt(cfg: FloorConfig, step: int, total_steps: int) -> float:
     """sqrt((W + 1) / (step + 1)) after the warm-up (arXiv 1706.03762, 5.3), not below the floor. It has no end."""
     return max(cfg.min_lr_ratio, math.sqrt((cfg.warmup_steps + 1) / (step + 1))) if step > cfg.warmup_steps else warmup(cfg, step)
 

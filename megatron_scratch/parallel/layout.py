@@ -37,9 +37,7 @@ def normal(std: float) -> Init:
     return Init(std=std)
 
 
-def shard_param(
-    shape: tuple[int, ...], topo: Topology, axis: str | None = None, dim: int = 0, init: Init = ZEROS
-) -> nn.Parameter:
+def shard_param(shape: tuple[int, ...], topo: Topology, axis: str | None = None, dim: int = 0, init: Init = ZEROS) -> nn.Parameter:
     """A parameter of global `shape` on the meta device, cut along `dim` over mesh `axis` (None: whole on every rank).
 
     Raises:

@@ -22,6 +22,7 @@ from megatron_scratch.data.loader import Batch, DataSource, Loader
 from megatron_scratch.engine import Engine, Parts
 from megatron_scratch.models.decoder import Decoder
 from megatron_scratch.optim.groups import param_groups
+from megatron_scratch.optim.schedules import lr_at
 from megatron_scratch.parallel import Topology, materialize
 from megatron_scratch.train.objective import LanguageModel
 from megatron_scratch.util.env import Rank, master, restart_count
@@ -99,9 +100,7 @@ def build_engine(cfg: Config, topo: Topology) -> tuple[LanguageModel, Engine]:
 
 def learning_rate(cfg: Config) -> Callable[[int], float]:
     """Step from 0 -> learning rate."""
-    schedule = registry.get("schedule", cfg.schedule.name)
-    total = cfg.schedule.steps or cfg.train.steps
-    return lambda step: cfg.optim.lr * schedule(cfg.schedule, step, total)
+    return lambda step: cfg.optim.lr * lr_at(cfg.schedule, step, cfg.train.steps)
 
 
 def loader(cfg: Config, dataset: Any, topo: Topology) -> Loader:

@@ -42,7 +42,7 @@ def generate(
     """
     room, vocab = decoder.cfg.max_seq_len, decoder.cfg.vocab_size
     if len(prompt) + max_new_tokens > room:
-        raise UserError(f"prompt of {len(prompt)} tokens + max_new_tokens={max_new_tokens} is beyond the model's context of {room}; "
+        raise UserError(f"prompt of {len(prompt)} tokens + max_new_tokens={max_new_tokens} is beyond the context of {room}; "
                         f"ask for at most {max(room - len(prompt), 0)} new tokens")  # fmt: skip
     device = next(decoder.parameters()).device
     cache = KVCache(decoder.cfg, 1, len(prompt) + max_new_tokens, device, decoder.compute_dtype)

@@ -26,7 +26,9 @@ from megatron_scratch.util.errors import RunFailed
 class Rates:
     """Tokens per second and MFU between logged steps. Evaluation and saving are left out of the clock."""
 
-    def __init__(self, tokens_at: Callable[[int], int], flops: tuple[float, float], peak: float, topo: Topology, first: int) -> None:
+    def __init__(
+        self, tokens_at: Callable[[int], int], flops: tuple[float, float], peak: float, topo: Topology, first: int
+    ) -> None:
         """`flops`: per token, (causal attention, full attention); `peak`: FLOP/s of one device."""
         self.tokens_at, self.flops, self.peak, self.topo = tokens_at, flops, peak, topo
         self.step, self.began = first, time.perf_counter()
@@ -80,8 +82,17 @@ class LogMetrics:
 class Evaluate:
     """Every n steps and at the end: loss on the validation set."""
 
-    def __init__(self, every: int, topo: Topology, run: RunDir, view: View, rates: Rates, measure: Callable[[], Evaluation]) -> None:
-        self.due, self.topo, self.run_dir, self.view, self.rates, self.measure = Every(every, at_stop=False), topo, run, view, rates, measure
+    def __init__(
+        self, every: int, topo: Topology, run: RunDir, view: View, rates: Rates, measure: Callable[[], Evaluation]
+    ) -> None:
+        self.due, self.topo, self.run_dir, self.view, self.rates, self.measure = (
+            Every(every, at_stop=False),
+            topo,
+            run,
+            view,
+            rates,
+            measure,
+        )
 
     def run(self, step: int, result: StepResult) -> None:
         resume = self.rates.pause()
@@ -120,4 +131,6 @@ def refuse_non_finite(step: int, result: StepResult, topo: Topology) -> None:
     """A checkpoint of a run that has diverged is not worth the good one that retention would delete for it."""
     finite = torch.stack([result.loss.float(), result.grad_norm.float()]).isfinite().all().int().cpu()
     if not int(all_reduce_world(finite, topo, "min")):
-        raise RunFailed(f"step {step}: the loss or the gradient norm is not finite; nothing was saved, the checkpoints before are whole")
+        raise RunFailed(
+            f"step {step}: the loss or the gradient norm is not finite; nothing was saved, the checkpoints before are whole"
+        )

@@ -96,7 +96,9 @@ def generate_text(args: GenerateArgs) -> Iterator[str]:
 
 def run_tokenizer(cfg: Config) -> Tokenizer:
     """The tokenizer that a run's data was made with."""
-    tokenizer = open_data(cfg.data, cfg.train.seq_len, cfg.seed).tokenizer if not cfg.data.tokenizer else load_tokenizer(cfg.data.tokenizer)
+    tokenizer = (
+        open_data(cfg.data, cfg.train.seq_len, cfg.seed).tokenizer if not cfg.data.tokenizer else load_tokenizer(cfg.data.tokenizer)
+    )
     if tokenizer is None:
         raise UserError("the data of this run has no tokenizer; give data.tokenizer=FILE when training")
     return tokenizer

@@ -21,7 +21,9 @@ def plot_loss(run: RunDir) -> Path | None:
     axes = figure.subplots()
     axes.plot(*zip(*train, strict=True), color="#3b6ea8", linewidth=1.2, label="training")
     if valid:
-        axes.plot(*zip(*valid, strict=True), color="#c8553d", marker="o", markersize=4, label=f"validation, last {valid[-1][1]:.3f}")
+        axes.plot(
+            *zip(*valid, strict=True), color="#c8553d", marker="o", markersize=4, label=f"validation, last {valid[-1][1]:.3f}"
+        )
     axes.set(xlabel="step", ylabel="loss (nats per token)", title=run.path.name)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)

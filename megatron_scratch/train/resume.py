@@ -17,9 +17,7 @@ from megatron_scratch.train.rundir import RunDir
 from megatron_scratch.util.errors import RunFailed, UserError
 
 
-def resume(
-    cfg: Config, run_dir: RunDir, engine: Engine, plan: BatchPlan, facts: dict[str, Any], topo: Topology, view: View
-) -> int:
+def resume(cfg: Config, run_dir: RunDir, engine: Engine, plan: BatchPlan, facts: dict[str, Any], topo: Topology, view: View) -> int:
     """Load what `checkpoint.resume` says into the engine. Returns the step to go on from; collective.
 
     Raises:
@@ -59,7 +57,9 @@ def newest(root: Path, topo: Topology, view: View | None = None, run_dir: RunDir
     """The newest whole checkpoint. In the run's own directory, corrupt newer ones are said, recorded, and set aside."""
     folder, problems = store.newest_valid(root, topo)
     if folder is None:
-        raise RunFailed(f"every checkpoint in {root} is corrupt: {next(iter(problems.values()))}; restore one, or start in another dir=")
+        raise RunFailed(
+            f"every checkpoint in {root} is corrupt: {next(iter(problems.values()))}; restore one, or start in another dir="
+        )
     for corrupt, problem in problems.items():
         if view is not None:
             view.say(f"passed over a corrupt checkpoint: {problem}")

@@ -16,7 +16,7 @@ from megatron_scratch.models.flops import flops_per_token
 from megatron_scratch.parallel import Topology
 from megatron_scratch.train import build
 from megatron_scratch.train.batches import BatchPlan
-from megatron_scratch.train.evaluate import evaluate
+from megatron_scratch.train.evaluate import Evaluation, evaluate
 from megatron_scratch.train.fault import StopFlag
 from megatron_scratch.train.hooks import Evaluate, LogMetrics, Rates, SaveCheckpoint
 from megatron_scratch.train.loop import Hook, train
@@ -63,12 +63,19 @@ def _train(cfg: Config, topo: Topology, run_dir: RunDir, view: View, stop: StopF
     hooks: list[Hook] = [LogMetrics(cfg.train.log_every, topo, run_dir, view, rates)]
     if data.valid is not None:
         sizes = data.tokenizer.bytes_per_id if data.tokenizer else None
-        hooks.append(Evaluate(cfg.train.eval_every, topo, run_dir, view, rates,
-                              lambda: evaluate(model, build.validation(cfg, data, topo), topo, sizes, _eval_limit(cfg, topo))))  # fmt: skip
-    hooks.append(SaveCheckpoint(cfg.checkpoint, topo, run_dir, engine, rates, lambda step: {**facts, "samples": plan.consumed(step)}))
+
+        def measure() -> Evaluation:
+            return evaluate(model, build.validation(cfg, data, topo), topo, sizes, _eval_limit(cfg, topo))
+
+        hooks.append(Evaluate(cfg.train.eval_every, topo, run_dir, view, rates, measure))
+    hooks.append(
+        SaveCheckpoint(cfg.checkpoint, topo, run_dir, engine, rates, lambda step: {**facts, "samples": plan.consumed(step)})
+    )
 
     dropout = cfg.seed if cfg.model.dropout > 0 else None
-    step = TrainStep(engine, build.loader(cfg, data.train, topo), plan, topo, build.learning_rate(cfg), dropout, lambda: bool(stop.reason))
+    step = TrainStep(
+        engine, build.loader(cfg, data.train, topo), plan, topo, build.learning_rate(cfg), dropout, lambda: bool(stop.reason)
+    )
     if first >= cfg.train.steps:
         view.say(f"already at step {first}; raise train.steps={cfg.train.steps} to go on")
     view.start(first, cfg.train.steps)

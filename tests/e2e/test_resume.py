@@ -117,10 +117,9 @@ def test_another_number_of_ranks_goes_on_at_the_same_sample(
 
 @pytest.mark.parametrize(("change", "words"), [("seed=7", "seed is 7"), ("model.ffn_size=96", "model.ffn_size is 96"),
                                                ("train.seq_len=16", "seq_len is 16"), ("optim=lion", "optim is 'lion'"),
-                                               ("data.order=contiguous", "contiguous"), ("checkpoint.resume=never", "never")])  # fmt: skip
-def test_another_run_is_refused(
-    change: str, words: str, corpus: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+                                               ("data.order=contiguous", "contiguous"),
+                                               ("checkpoint.resume=never", "never")])  # fmt: skip
+def test_another_run_is_refused(change: str, words: str, corpus: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert run(config(corpus, tmp_path / "r", "train.steps=2")) == [0]
     before = sorted((p, p.stat().st_mtime_ns) for p in (tmp_path / "r" / "checkpoints").rglob("*"))
     assert run(config(corpus, tmp_path / "r", "train.steps=4", change)) == [2]

@@ -32,7 +32,18 @@ def test_what_a_run_leaves_behind(trained: Path) -> None:
     lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
     steps = [r for r in lines if "loss" in r]
     assert [r["step"] for r in steps] == list(range(1, 21)) and [r["step"] for r in lines if "val_loss" in r] == [10, 20]
-    keys = {"step", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "step_seconds", "mfu", "mfu_full_attention", "memory_gib"}
+    keys = {
+        "step",
+        "loss",
+        "lr",
+        "grad_norm",
+        "tokens",
+        "tokens_per_second",
+        "step_seconds",
+        "mfu",
+        "mfu_full_attention",
+        "memory_gib",
+    }
     assert set(steps[0]) == keys
     assert steps[-1]["tokens"] == 20 * 8 * 32 and 0 < steps[-1]["mfu"] < steps[-1]["mfu_full_attention"]
     assert steps[-1]["loss"] < steps[0]["loss"] - 1.0, "it learns"
@@ -98,7 +109,10 @@ def test_eval_and_generate(trained: Path, capsys: pytest.CaptureFixture[str], co
         assert main(["generate", str(trained), "prompt=import o", "max_new_tokens=12", "temperature=0", "stop_at_eod=false"]) == 0
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1] and texts[0].startswith("import o") and len(texts[0]) > 9
-    assert main(["generate", str(trained / "checkpoints" / "step_00000020"), "prompt=a", "max_new_tokens=5", "top_k=3", "top_p=0.9"]) == 0
+    assert (
+        main(["generate", str(trained / "checkpoints" / "step_00000020"), "prompt=a", "max_new_tokens=5", "top_k=3", "top_p=0.9"])
+        == 0
+    )
     for bad in (["max_new_tokens=1000"], ["temperature=-1"], ["top_p=2"], ["temprature=1"]):
         assert main(["generate", str(trained), *bad]) == 2
 
@@ -124,7 +138,8 @@ def refused(argv: list[str], words: list[str], capsys: pytest.CaptureFixture[str
     assert all(word in err for word in words), err
 
 
-@pytest.mark.parametrize(("file", "keep"), [("train.bin", 0.5), ("train.bin", 0.0), ("train.idx", 0.5), ("train.idx", 0.0), ("valid.bin", 0.9),
+@pytest.mark.parametrize(("file", "keep"), [("train.bin", 0.5), ("train.bin", 0.0), ("train.idx", 0.5), ("train.idx", 0.0),
+                                            ("valid.bin", 0.9),
                                             ("manifest.json", 0.5), ("tokenizer.json", 0.0)])  # fmt: skip
 def test_truncated_files(file: str, keep: float, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copytree(corpus, tmp_path / "data")
@@ -170,7 +185,11 @@ def test_missing_or_empty_corpus(argv: list[str], tmp_path: Path, capsys: pytest
 
 def test_unwritable_run_directory(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("in the way")
-    refused(["train", *TINY, f"data.dir={corpus}", f"dir={tmp_path / 'file' / 'run'}"], ["cannot be written", str(tmp_path / "file")], capsys)
+    refused(
+        ["train", *TINY, f"data.dir={corpus}", f"dir={tmp_path / 'file' / 'run'}"],
+        ["cannot be written", str(tmp_path / "file")],
+        capsys,
+    )
 
 
 def test_run_directory_in_use(corpus: Path, trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -178,11 +197,15 @@ def test_run_directory_in_use(corpus: Path, trained: Path, capsys: pytest.Captur
 
     before = sorted((p, p.stat().st_mtime_ns) for p in trained.rglob("*") if p.name != ".lock")
     with RunDir(trained).locked():
-        refused(["train", *TINY, f"data.dir={corpus}", f"dir={trained}", "train.steps=30"], ["in use", f"process {os.getpid()}"], capsys)
+        refused(
+            ["train", *TINY, f"data.dir={corpus}", f"dir={trained}", "train.steps=30"], ["in use", f"process {os.getpid()}"], capsys
+        )
     assert before == sorted((p, p.stat().st_mtime_ns) for p in trained.rglob("*") if p.name != ".lock")
 
 
-def test_divergence_is_a_failure_with_the_old_checkpoints_whole(corpus: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_divergence_is_a_failure_with_the_old_checkpoints_whole(
+    corpus: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     overrides = ["optim=sgd", "optim.lr=1e30", "optim.clip_grad_norm=0", "train.steps=30", "checkpoint.every=1"]
     assert run(config(corpus, tmp_path, *overrides)) == [1]
     assert "not finite" in capfd.readouterr().err
@@ -205,8 +228,8 @@ def test_two_processes_and_torchrun(corpus: Path, tmp_path: Path) -> None:
     ours = command("-m", "megatron_scratch", "train", *options, f"dir={tmp_path / 'two'}", "launcher.processes=2")
     assert ours.returncode == 0, ours.stderr
     assert "finished 4 steps" in ours.stdout
-    theirs = command("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "megatron_scratch", "train", *options,
-                     f"dir={tmp_path / 'run'}")  # fmt: skip
+    theirs = command("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "megatron_scratch", "train",
+                     *options, f"dir={tmp_path / 'run'}")  # fmt: skip
     assert theirs.returncode == 0, theirs.stderr
     one, two, three = (rows(tmp_path / name) for name in ("one", "two", "run"))
     assert two == three

@@ -8,6 +8,7 @@ import torch
 from megatron_scratch import registry
 from megatron_scratch.models import attend
 from megatron_scratch.models.attend import make_mask, reference, sdpa
+from megatron_scratch.util.errors import UserError
 
 BACKENDS = [name for name in registry.names("attention") if name != "reference"]
 HEADS = [(4, 4, 16), (4, 2, 16), (6, 1, 8)]  # H, G, K
@@ -88,9 +89,15 @@ def test_a_window_as_long_as_the_sequence_is_plain_causal() -> None:
     assert not make_mask(24, 24, 23, None, torch.device("cpu")).causal
 
 
-@pytest.mark.parametrize("name", registry.names("attention"))
-def test_dropout_scales_what_it_keeps(name: str) -> None:
-    q, k, _, _ = tensors((4, 4, 16), torch.float32)
+def test_matmul_refuses_dropout() -> None:
+    with pytest.raises(UserError, match="attention=matmul knows no dropout, got model.dropout=0.5; use model.attention=auto"):
+        attend.matmul(*tensors((4, 4, 16), torch.float32)[:3], mask_of("causal"), 0.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["auto", "reference", "sdpa"])
+def test_dropout_scales_what_it_keeps(name: str, dtype: torch.dtype) -> None:
+    q, k, _, _ = tensors((4, 4, 16), dtype)
     torch.manual_seed(0)
     out = registry.get("attention", name)(q, k, torch.ones_like(k), mask_of("causal"), 0.5)
     assert abs(float(out.mean()) - 1.0) < 0.1 and float(out.std()) > 0.1

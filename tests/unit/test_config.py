@@ -46,6 +46,7 @@ REFUSED = [
     (["model.dropout=1"], ["model.dropout", "[0, 1)"]),
     (["model.rope.scaling=yarn", "model.position=learned"], ["model.rope.scaling", "position"]),
     (["checkpoint.keep_last=-1"], ["checkpoint.keep_last"]),
+    (["schedule=constant", "schedule.min_lr_ratio=0.5"], ["min_lr_ratio"]),
     (["name=${nope}"], ["nope"]),
 ]
 
@@ -85,7 +86,8 @@ def test_own_config_folder(tmp_path: Path) -> None:
 
 def test_plugin_registers_a_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "my_parts.py").write_text(
-        "from megatron_scratch.registry import register\nregister('norm', 'my_norm', 'megatron_scratch.models.norms:RMSNorm')\n")  # fmt: skip
+        "from megatron_scratch.registry import register\n"
+        "register('norm', 'my_norm', 'megatron_scratch.models.norms:RMSNorm')\n")  # fmt: skip
     monkeypatch.syspath_prepend(str(tmp_path))
     registry.load_plugins(["my_parts"])
     check(compose.load(["model.norm=my_norm"]), world=1)
@@ -103,7 +105,9 @@ def test_data_parallel_batches_must_divide() -> None:
 def test_free_text_arguments() -> None:
     from megatron_scratch.config.verbs import GenerateArgs
 
-    args = compose.parse_args(GenerateArgs, ["runs/x", 'prompt=def f(x): "a" # b\n  c: [1]', "temperature=0.5", "top_k=null"], "run")
+    args = compose.parse_args(
+        GenerateArgs, ["runs/x", 'prompt=def f(x): "a" # b\n  c: [1]', "temperature=0.5", "top_k=null"], "run"
+    )
     assert (args.run, args.prompt, args.temperature, args.top_k) == ("runs/x", 'def f(x): "a" # b\n  c: [1]', 0.5, None)
     with pytest.raises(UserError, match="did you mean 'temperature'"):
         compose.parse_args(GenerateArgs, ["temprature=1"], "run")

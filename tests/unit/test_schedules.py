@@ -16,7 +16,8 @@ NAMES = registry.names("schedule")
 
 def schedule(name: str, **changes: object) -> ScheduleConfig:
     kind = registry.entry("schedule", name).config
-    return kind(**{"name": name, "warmup_steps": WARM, "min_lr_ratio": 0.1, **changes})
+    floor = {} if name == "constant" else {"min_lr_ratio": 0.1}
+    return kind(**{"name": name, "warmup_steps": WARM, **floor, **changes})
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -30,7 +30,9 @@ def test_loss_is_the_mean_over_predicted_tokens(extra: list[str], corpus: Path, 
     for batch in loader.microbatches(first, size):
         tokens, labels, positions, documents = to_device(batch, torch.device("cpu"))
         logits = model.decoder.logits(model.decoder(tokens, positions, documents))[..., : cfg.model.vocab_size]
-        losses.append(F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="none")[labels.flatten() >= 0])
+        losses.append(
+            F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="none")[labels.flatten() >= 0]
+        )
     plain = torch.cat(losses)
     assert (plain.numel() < size * cfg.train.seq_len) == ("data.mask_eod=false" not in extra)
     plan = BatchPlan(cfg.train)
