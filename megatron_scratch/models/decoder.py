@@ -16,6 +16,7 @@ from megatron_scratch.config.model import ModelConfig
 from megatron_scratch.models.attend import AttendMask, make_mask
 from megatron_scratch.models.attention import Attention
 from megatron_scratch.models.cache import KVCache, LayerCache
+from megatron_scratch.models.gemm import linear
 from megatron_scratch.models.linear import Embedding, Linear, cast
 from megatron_scratch.models.objective import linear_cross_entropy_sum
 from megatron_scratch.models.positions import Rotation
@@ -125,7 +126,7 @@ class Decoder(nn.Module):
 
     def logits(self, hidden_BSD: torch.Tensor) -> torch.Tensor:
         """(B, S, D) -> (B, S, V). Columns beyond vocab_size are -inf: nobody can sample a token that does not exist."""
-        logits_BSV = F.linear(hidden_BSD, cast(self.head_weight, hidden_BSD.dtype))
+        logits_BSV = linear(hidden_BSD, cast(self.head_weight, hidden_BSD.dtype))
         logits_BSV[..., self.cfg.vocab_size :] = -math.inf
         return logits_BSV
 

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from megatron_scratch.models.gemm import linear
 from megatron_scratch.parallel.layout import ZEROS, local, normal, shard_param
 from megatron_scratch.parallel.topology import Topology
 
@@ -38,7 +39,7 @@ class Linear(nn.Module):
     def forward(self, x_I: torch.Tensor) -> torch.Tensor:
         """(..., I) -> (..., O), in the dtype of x."""
         bias = None if self.bias is None else cast(self.bias, x_I.dtype)
-        return F.linear(x_I, cast(self.weight, x_I.dtype), bias)
+        return linear(x_I, cast(self.weight, x_I.dtype), bias)
 
 
 class Embedding(nn.Module):

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from megatron_scratch.models.gemm import product
+
 IGNORE = -100  # label of a token that is not trained on
 CHUNK_LOGITS = 2**25  # logits alive at once by default, 128 MiB in fp32: 667 tokens of a 50,304 vocabulary, 32,768 of 1,024
 
@@ -70,13 +72,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         d_weight = torch.zeros_like(weight_VD, dtype=wide) if need_weight else None
         for first in range(0, hidden_ND.shape[0], chunk):
             part = slice(first, first + chunk)
-            part_loss, d_logits_CV = _chunk_loss((hidden_ND[part] @ weight.t()).to(wide), labels_N[part], z_loss)
+            part_loss, d_logits_CV = _chunk_loss(product(hidden_ND[part], weight).to(wide), labels_N[part], z_loss)
             loss += part_loss
             d_logits_CV = d_logits_CV.to(hidden_ND.dtype)
             if d_hidden is not None:
-                torch.mm(d_logits_CV, weight, out=d_hidden[part])
+                d_hidden[part] = product(d_logits_CV, weight.t())
             if d_weight is not None:
-                d_weight += d_logits_CV.t() @ hidden_ND[part]
+                d_weight += product(d_logits_CV.t(), hidden_ND[part].t())
         ctx.save_for_backward(d_hidden, d_weight)
         return loss
 
