@@ -66,17 +66,20 @@ def test_same_numbers_however_the_batch_is_cut(extra: list[str], corpus: Path, t
     cut = [layout for layout in LAYOUTS if not extra or layout in ((1, 1), (2, 1), (4, 2))]
     if "model.dropout=0.1" in extra:  # masks are drawn per microbatch: the same for a given microbatch size
         cut = [(1, 2), (2, 2), (4, 2)]
+    # SGD: its update is linear in the gradient, so rounding stays rounding. AdamW divides by sqrt(v): where a gradient is nearly 0
+    # its first updates are +-lr by the last bit, and no tolerance can be derived.
     losses = []
     for world, micro in cut:
         path = tmp_path / f"{world}_{micro}"
-        cfg = config(corpus, path, *extra, "train.steps=6", f"train.micro_batch_size={micro}", world=world)
-        assert run(cfg, world) == [0] * world
+        options = ["optim=sgd", "optim.lr=0.3", "train.steps=6", f"train.micro_batch_size={micro}"]
+        assert run(config(corpus, path, *extra, *options, world=world), world) == [0] * world
         losses.append(rows(path))
+    assert losses[0][6][0] < losses[0][1][0] - 0.1, "it moved"
     for other in losses[1:]:
         for step, (loss, norm) in losses[0].items():
-            # fp32 on one step: 1e-6; AdamW divides by sqrt(v) and magnifies last bits over six steps.
-            assert other[step][0] == pytest.approx(loss, abs=1e-5), step
-            assert other[step][1] == pytest.approx(norm, rel=2e-4), step
+            # Gradients are fp32 sums over 256 tokens, each good to about 3e-7; six steps add up, 1e-5 leaves a factor of 5.
+            assert other[step][0] == pytest.approx(loss, rel=1e-5), step
+            assert other[step][1] == pytest.approx(norm, rel=1e-5), step
 
 
 def test_bf16_follows_fp32(corpus: Path, tmp_path: Path) -> None:

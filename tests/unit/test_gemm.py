@@ -18,7 +18,7 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool
 
 
 def _relative(got: torch.Tensor, want: torch.Tensor) -> float:
-    return float((got.double() - want).norm() / want.norm())
+    return float((got.detach().double() - want).norm() / want.norm())
 
 
 @pytest.mark.parametrize("bias", [True, False])
