@@ -89,5 +89,7 @@ def allocate_optimizer_state(
         state: dict[str, Any] = optimizer.state[parameter]
         if key not in state:
             alike = tuple(parameter.shape) == shape
-            counters = parameter.device if optimizer.defaults.get("fused") else "cpu"  # where torch's optimizers keep `step`
-            state[key] = torch.zeros_like(parameter, dtype=dtype) if alike else torch.zeros(shape, dtype=dtype, device=counters)
+            if alike:
+                state[key] = torch.zeros_like(parameter, dtype=dtype)
+            else:  # fused kernels want their step counters beside the parameter
+                state[key] = torch.zeros(shape, dtype=dtype, device=parameter.device)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from megatron_scratch.config import Config, compose
 from megatron_scratch.util.env import Rank
-from megatron_scratch.util.exits import FAILED, OK
+from megatron_scratch.util.exits import BAD_INPUT, FAILED, OK
 
 GRACE = 60.0  # seconds that the other ranks get to end by themselves, once one has failed
 POLL = 0.05
@@ -26,16 +26,23 @@ def launch(cfg: Config, world: int) -> int:
 
         report(run(cfg, Rank()))
         return OK
+    from megatron_scratch.train.rundir import RunDir
+
+    run_dir = RunDir(cfg.dir)
+    run_dir.create()
+    with run_dir.locked():
+        pass  # refuse at once what the main rank would refuse in some seconds; from there on it holds the lock itself
     with tempfile.TemporaryDirectory(prefix="megatron_scratch_") as tmp, ExitStack() as stack:
         compose.save(cfg, Path(tmp) / "config.yaml")
-        ranks = [_start(Path(tmp), rank, world, stack) for rank in range(world)]
-        return _wait(ranks, Path(tmp))
+        logs = [run_dir.log_file(rank) for rank in range(world)]
+        ranks = [_start(Path(tmp), rank, world, logs[rank], stack) for rank in range(world)]
+        return _wait(ranks, logs)
 
 
-def _start(tmp: Path, rank: int, world: int, stack: ExitStack) -> subprocess.Popen[bytes]:
-    """Start one rank. The main one keeps the terminal, the others write files, moved to the run directory by `_keep_logs`."""
+def _start(tmp: Path, rank: int, world: int, log: Path, stack: ExitStack) -> subprocess.Popen[bytes]:
+    """Start one rank. The main one keeps the terminal; what the others print goes to their log files."""
     env = {**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
-    out = None if rank == 0 else stack.enter_context(open(tmp / f"rank_{rank:05d}.log", "wb"))
+    out = None if rank == 0 else stack.enter_context(open(log, "ab"))
     command = [sys.executable, "-m", "megatron_scratch.train.worker", str(tmp / "config.yaml"), "--store", str(tmp / "store")]
     # A session of its own: Ctrl-C reaches this process alone, which passes it on once.
     process = subprocess.Popen(command, env=env, stdout=out, stderr=subprocess.STDOUT if out else None, start_new_session=True)
@@ -43,7 +50,7 @@ def _start(tmp: Path, rank: int, world: int, stack: ExitStack) -> subprocess.Pop
     return process
 
 
-def _wait(ranks: list[subprocess.Popen[bytes]], tmp: Path) -> int:
+def _wait(ranks: list[subprocess.Popen[bytes]], logs: list[Path]) -> int:
     """Wait for all ranks; pass signals on; when one fails, give the others a moment, then end them."""
 
     def forward(number: int, frame: object) -> None:
@@ -61,8 +68,8 @@ def _wait(ranks: list[subprocess.Popen[bytes]], tmp: Path) -> int:
         return OK
     code = ranks[first_failed].returncode
     if first_failed > 0 and code != ranks[0].returncode:
-        lines = (tmp / f"rank_{first_failed:05d}.log").read_text(errors="replace").strip().splitlines()
-        print(f"rank {first_failed} ended with {code}: {lines[-1] if lines else 'no output'}", file=sys.stderr)
+        lines = logs[first_failed].read_text(errors="replace").strip().splitlines()
+        print(f"failed: rank {first_failed} ended with {code}: {lines[-1] if lines else 'no output'} ({logs[first_failed]})", file=sys.stderr)
     return code if code >= 0 else FAILED
 
 
@@ -72,7 +79,8 @@ def _watch(ranks: list[subprocess.Popen[bytes]]) -> int | None:
     while any(p.poll() is None for p in ranks):
         if failed is None:
             failed = next((r for r, p in enumerate(ranks) if p.returncode not in (None, OK)), None)
-            deadline = time.monotonic() + GRACE if failed is not None else deadline
+            if failed is not None:  # bad input is bad on every rank; the others may be waiting for one that never joins
+                deadline = time.monotonic() + (0.0 if ranks[failed].returncode == BAD_INPUT else GRACE)
         if time.monotonic() > deadline:
             for process in ranks:
                 _end(process)

@@ -125,4 +125,4 @@ def facts(cfg: Config, data: DataSource) -> dict[str, Any]:
     model = {k: v for k, v in asdict(cfg.model).items() if k not in FREE_MODEL_FIELDS}
     tokenizer = data.tokenizer.sha256 if data.tokenizer else None
     return {"model": model, "seed": cfg.seed, "seq_len": cfg.train.seq_len, "optim": cfg.optim.name,
-            "order": cfg.data.order, "data": data.fingerprint, "tokenizer": tokenizer}  # fmt: skip
+            "order": cfg.data.order, "mask_documents": cfg.data.mask_documents, "mask_eod": cfg.data.mask_eod, "data": data.fingerprint, "tokenizer": tokenizer}  # fmt: skip

@@ -13,7 +13,7 @@ from megatron_scratch.checkpoint import store
 from megatron_scratch.config import Config, DataConfig, compose
 from megatron_scratch.config.verbs import EvalArgs, GenerateArgs
 from megatron_scratch.data.loader import open_data
-from megatron_scratch.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_scratch.data.tokenizer import FILES, Tokenizer, load_tokenizer
 from megatron_scratch.parallel import SINGLE
 from megatron_scratch.train import build, resume
 from megatron_scratch.train.evaluate import evaluate
@@ -83,7 +83,7 @@ def _prefix(data: str, split: str) -> str:
 def generate_text(args: GenerateArgs) -> Iterator[str]:
     """Pieces of text as they are drawn, the prompt first."""
     trained = load_run(args.run)
-    tokenizer = run_tokenizer(trained.cfg)
+    tokenizer = run_tokenizer(trained.folder.parent.parent)
     prompt = tokenizer.encode(args.prompt) if args.prompt else [tokenizer.eod_id]
     stream = tokenizer.decode_stream()
     yield args.prompt
@@ -94,11 +94,8 @@ def generate_text(args: GenerateArgs) -> Iterator[str]:
     yield stream.flush()
 
 
-def run_tokenizer(cfg: Config) -> Tokenizer:
-    """The tokenizer that a run's data was made with."""
-    tokenizer = (
-        open_data(cfg.data, cfg.train.seq_len, cfg.seed).tokenizer if not cfg.data.tokenizer else load_tokenizer(cfg.data.tokenizer)
-    )
-    if tokenizer is None:
-        raise UserError("the data of this run has no tokenizer; give data.tokenizer=FILE when training")
-    return tokenizer
+def run_tokenizer(run: Path) -> Tokenizer:
+    """The tokenizer that a run was trained with, as it lies in the run directory."""
+    if not any((run / name).is_file() for name in FILES):
+        raise UserError(f"{run} has no tokenizer, as its data had none; give data.tokenizer=FILE when training")
+    return load_tokenizer(run)

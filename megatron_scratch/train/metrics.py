@@ -5,6 +5,8 @@ from __future__ import annotations
 import resource
 import sys
 import time
+import traceback
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -89,15 +91,12 @@ class Console:
 
     def row(self, row: dict[str, Any]) -> None:
         if "loss" not in row:
-            self.say(f"step {row['step']}: validation loss {row['val_loss']:.4f}")
-            return
-        numbers = f"loss {row['loss']:.4f}  lr {row['lr']:.2e}  norm {row['grad_norm']:.2f}  {row['tokens_per_second']:,.0f} tok/s"
+            return self.say(line(row, self.steps))
         if self.live:
-            self.progress.update(self.task, completed=row["step"], numbers=numbers)
-            return
+            return self.progress.update(self.task, completed=row["step"], numbers=numbers(row))
         done = row["step"] - self.first
         left = (time.perf_counter() - self.began) / max(done, 1) * (self.steps - row["step"])
-        self.say(f"step {row['step']}/{self.steps}  {numbers}  {left:,.0f} s left")
+        self.say(f"{line(row, self.steps)}  {left:,.0f} s left")
 
     def say(self, text: str) -> None:
         self.out.print(text, markup=False)
@@ -117,3 +116,46 @@ class Silent:
     def say(self, text: str) -> None: ...
 
     def close(self) -> None: ...
+
+
+class Logged:
+    """A view, and the same as plain lines with the time of day in this rank's log file, which outlives the terminal."""
+
+    def __init__(self, view: View, path: Path) -> None:
+        self.view, self.path, self.steps = view, path, 0
+
+    def start(self, step: int, steps: int) -> None:
+        self.steps = steps
+        self._write(f"start after step {step} of {steps}")
+        self.view.start(step, steps)
+
+    def row(self, row: dict[str, Any]) -> None:
+        self._write(line(row, self.steps))
+        self.view.row(row)
+
+    def say(self, text: str) -> None:
+        self._write(text)
+        self.view.say(text)
+
+    def close(self) -> None:
+        self.view.close()
+
+    def failed(self) -> None:
+        """Write the exception that is being handled, with its traceback."""
+        self._write(traceback.format_exc().rstrip())
+
+    def _write(self, text: str) -> None:
+        with open(self.path, "a", encoding="utf-8") as f:
+            f.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+
+
+def line(row: dict[str, Any], steps: int) -> str:
+    """A row of metrics as a line for people."""
+    if "loss" not in row:
+        return f"step {row['step']}: validation loss {row['val_loss']:.4f}"
+    return f"step {row['step']}/{steps}  {numbers(row)}"
+
+
+def numbers(row: dict[str, Any]) -> str:
+    """The part of a line that changes from step to step."""
+    return f"loss {row['loss']:.4f}  lr {row['lr']:.2e}  norm {row['grad_norm']:.2f}  {row['tokens_per_second']:,.0f} tok/s"

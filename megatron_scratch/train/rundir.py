@@ -28,6 +28,9 @@ class RunDir:
         self.logs = self.path / "logs"
         self.plot = self.path / "loss.png"
 
+    def log_file(self, rank: int) -> Path:
+        return self.logs / f"rank_{rank:05d}.log"
+
     def create(self) -> None:
         """Make the folders, and prove that they can be written to before anything is computed."""
         try:

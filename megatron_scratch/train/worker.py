@@ -14,13 +14,14 @@ from megatron_scratch.config import Config, compose
 from megatron_scratch.data.loader import open_data
 from megatron_scratch.models.flops import flops_per_token
 from megatron_scratch.parallel import Topology
+from megatron_scratch.parallel.collectives import barrier
 from megatron_scratch.train import build
 from megatron_scratch.train.batches import BatchPlan
 from megatron_scratch.train.evaluate import Evaluation, evaluate
 from megatron_scratch.train.fault import StopFlag
 from megatron_scratch.train.hooks import Evaluate, LogMetrics, Rates, SaveCheckpoint
 from megatron_scratch.train.loop import Hook, train
-from megatron_scratch.train.metrics import Silent, View, peak_flops
+from megatron_scratch.train.metrics import Logged, Silent, View, peak_flops
 from megatron_scratch.train.plot import plot_loss
 from megatron_scratch.train.resume import resume
 from megatron_scratch.train.rundir import RunDir
@@ -44,9 +45,14 @@ def run(cfg: Config, rank: Rank, store_file: Path | None = None) -> dict[str, An
             run_dir.create()
             stack.enter_context(run_dir.locked())
         topo = stack.enter_context(build.process_group(cfg, rank, store_file))
-        view: View = registry.build("logging", cfg.logging) if topo.is_main else Silent()
+        barrier(topo)  # the main rank has made the folders
+        view = Logged(registry.build("logging", cfg.logging) if topo.is_main else Silent(), run_dir.log_file(rank.rank))
         stack.callback(view.close)
-        return _train(cfg, topo, run_dir, view, stop)
+        try:
+            return _train(cfg, topo, run_dir, view, stop)
+        except Exception:
+            view.failed()
+            raise
 
 
 def _train(cfg: Config, topo: Topology, run_dir: RunDir, view: View, stop: StopFlag) -> dict[str, Any]:
@@ -57,6 +63,8 @@ def _train(cfg: Config, topo: Topology, run_dir: RunDir, view: View, stop: StopF
     first = resume(cfg, run_dir, engine, plan, facts, topo, view)
     if topo.is_main:
         compose.save(cfg, run_dir.config)
+        if data.tokenizer is not None:
+            data.tokenizer.save(run_dir.path)  # a run can write text wherever its data has gone
         run_dir.record("start", step=first, world=topo.world, steps=cfg.train.steps)
 
     rates = _rates(cfg, topo, plan, first)
@@ -111,7 +119,9 @@ def _finish(cfg: Config, topo: Topology, run_dir: RunDir, view: View, done: int,
 def main() -> int:
     """What the local launcher starts: `python -m megatron_scratch.train.worker CONFIG --store FILE`."""
     from megatron_scratch.util.exits import exit_code
+    from megatron_scratch.util.machine import die_with_parent
 
+    die_with_parent()
     parser = argparse.ArgumentParser()
     parser.add_argument("config", type=Path)
     parser.add_argument("--store", type=Path, required=True)

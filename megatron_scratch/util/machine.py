@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 import platform
+import signal
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -17,3 +21,15 @@ def cpu_vendor() -> str:
     except OSError:
         pass
     return platform.processor()
+
+
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def die_with_parent() -> None:
+    """Let the kernel end this process (SIGTERM, then it saves) when its launcher dies, however that dies: no orphan trains on."""
+    if sys.platform == "linux":
+        parent = os.getppid()
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:  # it died before the call
+            os.kill(os.getpid(), signal.SIGTERM)

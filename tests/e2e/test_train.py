@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +29,9 @@ def trained(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_what_a_run_leaves_behind(trained: Path) -> None:
     names = {p.name for p in trained.iterdir()}
     assert {"config.yaml", "metrics.jsonl", "ledger.jsonl", "logs", "checkpoints", "loss.png"} <= names
+    log = (trained / "logs" / "rank_00000.log").read_text()
+    assert "step 20/20" in log and "validation loss" in log
+    assert (trained / "tokenizer.json").is_file()
     assert (trained / "loss.png").read_bytes()[:4] == b"\x89PNG"
     assert (trained / "config.yaml").stat().st_mode & 0o007 == 0, "not for every user of a cluster"
     lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
@@ -237,5 +242,26 @@ def test_two_processes_and_torchrun(corpus: Path, tmp_path: Path) -> None:
     one, two, three = (rows(tmp_path / name) for name in ("one", "two", "run"))
     assert two == three
     assert all(one[s][0] == pytest.approx(two[s][0], abs=1e-5) for s in one)
+    assert "start after step 0 of 4" in (tmp_path / "two" / "logs" / "rank_00001.log").read_text()
     failed = command("-m", "megatron_scratch", "train", *options, f"dir={tmp_path / 'two'}", "launcher.processes=2", "seed=9")
     assert failed.returncode == 2 and "seed is 9" in failed.stderr
+
+
+def test_the_launcher_passes_signals_on_and_leaves_no_orphans(corpus: Path, tmp_path: Path) -> None:
+    """SIGTERM to the launcher: the ranks save and it exits with 75. SIGKILL: the ranks save and end by themselves."""
+    argv = [sys.executable, "-m", "megatron_scratch", "train", *TINY, f"data.dir={corpus}", f"dir={tmp_path}", "train.steps=100000",
+            "launcher.processes=2"]  # fmt: skip
+    for number, code in ((signal.SIGTERM, 75), (signal.SIGKILL, -signal.SIGKILL)):
+        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env) as launcher:
+            assert launcher.stdout is not None
+            next(line for line in launcher.stdout if line.startswith("step"))
+            launcher.send_signal(number)
+            rest = launcher.stdout.read()  # until the last rank has closed it
+            assert launcher.wait(60) == code
+        assert "stopped: stopped by SIGTERM" in rest
+        with open(tmp_path / ".lock") as f:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)  # nobody holds the run directory any more
+    stops = [json.loads(line) for line in (tmp_path / "ledger.jsonl").read_text().splitlines()]
+    saved = [r["step"] for r in stops if r["event"] == "stop"]
+    assert len(saved) == 2 and 0 < saved[0] < saved[1]
