@@ -69,7 +69,8 @@ def _wait(ranks: list[subprocess.Popen[bytes]], logs: list[Path]) -> int:
     code = ranks[first_failed].returncode
     if first_failed > 0 and code != ranks[0].returncode:
         lines = logs[first_failed].read_text(errors="replace").strip().splitlines()
-        print(f"failed: rank {first_failed} ended with {code}: {lines[-1] if lines else 'no output'} ({logs[first_failed]})", file=sys.stderr)
+        last = lines[-1] if lines else "no output"
+        print(f"failed: rank {first_failed} ended with {code}: {last} ({logs[first_failed]})", file=sys.stderr)
     return code if code >= 0 else FAILED
 
 

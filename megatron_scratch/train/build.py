@@ -124,5 +124,14 @@ def facts(cfg: Config, data: DataSource) -> dict[str, Any]:
     """What a checkpoint remembers of its run, to refuse a resume that would change the meaning of its numbers."""
     model = {k: v for k, v in asdict(cfg.model).items() if k not in FREE_MODEL_FIELDS}
     tokenizer = data.tokenizer.sha256 if data.tokenizer else None
-    return {"model": model, "seed": cfg.seed, "seq_len": cfg.train.seq_len, "optim": cfg.optim.name,
-            "order": cfg.data.order, "mask_documents": cfg.data.mask_documents, "mask_eod": cfg.data.mask_eod, "data": data.fingerprint, "tokenizer": tokenizer}  # fmt: skip
+    return {
+        "model": model,
+        "seed": cfg.seed,
+        "seq_len": cfg.train.seq_len,
+        "optim": cfg.optim.name,
+        "order": cfg.data.order,
+        "mask_documents": cfg.data.mask_documents,
+        "mask_eod": cfg.data.mask_eod,
+        "data": data.fingerprint,
+        "tokenizer": tokenizer,
+    }

@@ -1,4 +1,4 @@
-"""What only a GPU can show: the same losses as on the CPU, bf16, NCCL where there are two. `pytest tests/gpu` on a machine with one."""
+"""What only a GPU can show: the same losses as on the CPU, bf16, NCCL where there are two. Run: pytest tests/gpu"""
 
 from __future__ import annotations
 
