@@ -121,6 +121,8 @@ def _data_inspect(words: list[str]) -> int:
     from megatron_scratch.corpus.report import inspect
 
     args = parse_args(InspectArgs, words, positional="data")
+    if not args.data:
+        raise UserError("give the dataset: `megatron-scratch data inspect DIR [document=N]`")
     print(inspect(args.data, args.document, args.sample, args.seq_len, args.seed))
     return OK
 
@@ -130,6 +132,8 @@ def _eval(words: list[str]) -> int:
     from megatron_scratch.config.verbs import EvalArgs
 
     args = parse_args(EvalArgs, words, positional="run")
+    if not args.run:
+        raise UserError("give the run: `megatron-scratch eval RUN [data=DIR]`")
     from megatron_scratch.train.inference import evaluate_run
 
     print(evaluate_run(args))

@@ -110,7 +110,7 @@ def check_batch(t: TrainConfig, dp: int) -> None:
     unit = t.micro_batch_size * dp
     for key, size in sizes:
         if size % unit:
-            near = f"{max(unit, size // unit * unit)}, {(size // unit + 1) * unit}"
+            near = ", ".join(str(n) for n in (size // unit * unit, (size // unit + 1) * unit) if n)
             raise UserError(f"{key}={size} is not divisible by train.micro_batch_size={t.micro_batch_size} x data-parallel size "
                             f"{dp} = {unit}; nearest that are: {near}")  # fmt: skip
 

@@ -77,7 +77,7 @@ def find_files(given: object, exclude: Path | None = None) -> list[SourceFile]:
         exclude: a folder that is never read (the output, which may lie inside an input).
     """
     entries = [given] if isinstance(given, (str, Path)) else list(given or [])
-    if not entries:
+    if not entries or "" in entries:
         raise UserError(f"corpus.input={given!r} names nothing; give files, folders, globs or {STDLIB}")
     found: dict[Path, SourceFile] = {}
     for entry in map(str, entries):

@@ -61,7 +61,8 @@ def test_refused_in_one_line(overrides: list[str], words: list[str]) -> None:
 
 
 @pytest.mark.parametrize("argv", [["train", "optim.lrr=3"], ["trian"], ["data", "prepar"], ["parity"], ["train", "--wat"],
-                                  ["train", "-m", "seed=1,2"], ["generate"], ["eval", "no/such/run"],
+                                  ["train", "-m", "seed=1,2"], ["generate"], ["eval"], ["data", "inspect"], ["eval", "no/such/run"],
+                                  ["data", "prepare", "corpus.input="],
                                   ["train", "--config-dir", "no/such/folder"]])  # fmt: skip
 def test_exit_code_2(argv: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
