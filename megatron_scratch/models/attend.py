@@ -187,8 +187,8 @@ def auto(
 
     Forward + backward in ms of 4096 tokens, 6 heads of 64, two cores, torch 2.13 (sdpa / matmul):
         keys      256          512          1024         2048
-        fp32   64 / 56      85 / 66     132 / 134    179 / 188
-        bf16   50 / 19      54 / 27      94 / 47     134 / 68
+        fp32   37 / 33      75 / 55      98 / 88     163 / 153
+        bf16   38 / 13      59 / 20      73 / 34     121 / 60
     torch's CPU kernel gains little from bf16; oneDNN's batched products run 5x faster in it. Over a whole step of a 6-layer model
     of width 384 that is 24 % in bf16 and nothing in fp32 (0.90 against 1.18, 3.36 against 3.36 CPU seconds), and `sdpa` keeps
     no probabilities. One query (decoding) is left to `sdpa`: there `matmul` would copy the whole cache.

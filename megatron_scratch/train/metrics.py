@@ -14,6 +14,7 @@ from rich.console import Console as RichConsole
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
 from megatron_scratch.config.train import LoggingConfig, TrainConfig
+from megatron_scratch.models.gemm import product
 
 # Dense bf16 peak of one GPU in TFLOP/s (vendors' data sheets, without sparsity).
 PEAK_TFLOPS = {"H100 PCIe": 756.0, "H100": 989.0, "H200": 989.0, "GH200": 989.0, "A100": 312.0, "B200": 2250.0, "L40S": 362.0}
@@ -32,13 +33,13 @@ def peak_flops(cfg: TrainConfig, device: torch.device, dtype: torch.dtype) -> fl
 
 
 def measured_flops(device: torch.device, dtype: torch.dtype, n: int = 1024, rounds: int = 12) -> float:
-    """Best of a few n x n x n matmuls (2n^3 FLOPs each): on a CPU, about 0.1 s and the only peak that means anything."""
+    """Best of a few n x n x n products by the layers' own kernel (2n^3 FLOPs each): on a CPU the only peak that means anything."""
     a = torch.ones(n, n, device=device, dtype=dtype)
     best = float("inf")
     for _ in range(rounds):
         synchronize(device)
         start = time.perf_counter()
-        a @ a
+        product(a, a)
         synchronize(device)
         best = min(best, time.perf_counter() - start)
     return 2 * n**3 / best
