@@ -1,6 +1,6 @@
-# docker build -f docker/cpu.Dockerfile -t megatron-scratch:cpu . && docker run --rm -it -v "$PWD/runs:/work/runs" megatron-scratch:cpu --help
+# docker build -f docker/cpu.Dockerfile -t megatron-scratch:cpu . && docker run --rm -it -v "$PWD/runs:/app/runs" megatron-scratch:cpu --help
 FROM python:3.11-slim
-WORKDIR /work
+WORKDIR /app
 COPY . .
 # Give --build-arg TORCH="torch --index-url URL" with the URL of torch's CPU builds to leave out gigabytes of CUDA libraries.
 ARG TORCH=torch

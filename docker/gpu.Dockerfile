@@ -3,7 +3,7 @@
 # BASE: NVIDIA's PyTorch image from NGC (nvidia/pytorch), which carries torch, apex and flash-attn built for its CUDA.
 ARG BASE
 FROM ${BASE}
-WORKDIR /work
+WORKDIR /app
 COPY . .
 # --no-deps on ourselves: the image's torch stays as it is.
 RUN pip install --no-cache-dir "hydra-core>=1.3.2,<1.4" "omegaconf>=2.3,<2.4" "sentencepiece>=0.2.1" "safetensors>=0.5" \
