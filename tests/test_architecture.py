@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron_scratch.config import compose
+from megatron_scratch.config.model import check_model
 
 PACKAGE = Path(__file__).resolve().parents[1] / "megatron_scratch"
 CONFIGS = PACKAGE.parent / "configs"
@@ -138,7 +139,7 @@ def test_every_yaml_composes_and_starts_with_its_command(override: str) -> None:
     lines = (CONFIGS / group / f"{name}.yaml").read_text().splitlines()
     first = next(line for line in lines if not line.startswith("# @package"))  # Hydra wants that one on top
     assert first.startswith("# megatron-scratch ") and override in first
-    assert cfg.model.num_layers > 0
+    check_model(cfg.model)
 
 
 def test_every_registered_part_exists() -> None:

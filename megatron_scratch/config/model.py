@@ -95,5 +95,24 @@ def check_model(m: ModelConfig) -> None:
         raise UserError(f"model.head_dim={m.head_size} must be even with model.position=rope: features rotate in pairs")
     if not 0.0 <= m.dropout < 1.0:
         raise UserError(f"model.dropout={m.dropout} must be in [0, 1)")
-    if m.rope.scaling != "none" and m.position != "rope":
-        raise UserError(f"model.rope.scaling={m.rope.scaling} has no effect with model.position={m.position}; use position=rope")
+    _refuse_idle_rope(m)
+
+
+_ROPE_FIELDS = {
+    "none": {"theta"},
+    "linear": {"theta", "factor"},
+    "llama3": {"theta", "factor", "original_max_seq_len", "low_freq_factor", "high_freq_factor"},
+    "yarn": {"theta", "factor", "original_max_seq_len", "beta_fast", "beta_slow", "attention_factor"},
+}
+
+
+def _refuse_idle_rope(m: ModelConfig) -> None:
+    """A rope setting that nothing reads is a mistake: the user believes in a longer context than the model has."""
+    read = {"scaling"} | _ROPE_FIELDS.get(m.rope.scaling, set(vars(m.rope)))  # a plugin's scaling may read anything
+    for key, default in vars(RopeConfig()).items():
+        value = getattr(m.rope, key)
+        if value != default and m.position != "rope":
+            raise UserError(f"model.rope.{key}={value} has no effect with model.position={m.position}; use model.position=rope")
+        if value != default and key not in read:
+            raise UserError(f"model.rope.{key}={value} has no effect with model.rope.scaling={m.rope.scaling}; "
+                            "choose a scaling that reads it")  # fmt: skip

@@ -99,6 +99,10 @@ def check_batch(t: TrainConfig, dp: int) -> None:
         if getattr(t, key) < 1:
             raise UserError(f"train.{key}={getattr(t, key)} must be at least 1")
     sizes = [("train.global_batch_size", t.global_batch_size)]
+    if t.ramp.start is None and t.ramp != BatchRamp():
+        raise UserError(
+            f"train.ramp has increment={t.ramp.increment} and samples={t.ramp.samples} but no start; give train.ramp.start"
+        )
     if t.ramp.start is not None:
         if t.ramp.start < 1 or t.ramp.increment < 1 or t.ramp.samples < 0:
             raise UserError(f"train.ramp={{start: {t.ramp.start}, increment: {t.ramp.increment}, samples: {t.ramp.samples}}} "

@@ -52,6 +52,8 @@ class GenerateArgs:
             raise UserError(f"max_new_tokens={self.max_new_tokens} must be at least 1")
         if self.temperature < 0:
             raise UserError(f"temperature={self.temperature} must be 0 (greedy) or more")
+        if self.temperature == 0 and (self.top_k is not None or self.top_p is not None):
+            raise UserError("temperature=0 takes the likeliest token, so top_k and top_p have no effect; leave them out")
         if self.top_k is not None and self.top_k < 1:
             raise UserError(f"top_k={self.top_k} must be at least 1, or null")
         if self.top_p is not None and not 0 < self.top_p <= 1:

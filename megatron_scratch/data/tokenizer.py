@@ -9,6 +9,7 @@ from __future__ import annotations
 import codecs
 import hashlib
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -41,7 +42,7 @@ class StreamDecoder:
         return self.decoder.decode(b"", final=True)
 
 
-class Tokenizer:
+class Tokenizer(ABC):
     """What every tokenizer has.
 
     Attributes: content (bytes of the file it is saved as); file_name; sha256 (hex, of the content); eod_id; unk_id (None if
@@ -71,8 +72,9 @@ class Tokenizer:
         """Ids of a text, without EOD."""
         return self.encode_batch([text])[0]
 
+    @abstractmethod
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        raise NotImplementedError
+        """Ids of several texts, each without EOD."""
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids; control ids vanish, bytes that are not UTF-8 become U+FFFD."""

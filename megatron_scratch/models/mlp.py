@@ -8,6 +8,7 @@ Legend: B batch, S sequence, D hidden, F feed-forward width.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +24,7 @@ def residual_std(cfg: ModelConfig) -> float:
     return cfg.init_std / math.sqrt(2 * cfg.num_layers) if cfg.scale_residual_init else cfg.init_std
 
 
-class Plain(nn.Module):
+class Plain(nn.Module, ABC):
     """down(f(up(x))), with `activation` from the subclass."""
 
     def __init__(self, cfg: ModelConfig, topo: Topology):
@@ -31,8 +32,9 @@ class Plain(nn.Module):
         self.up = Linear(cfg.hidden_size, cfg.ffn, topo, cfg.init_std, cfg.bias, cut="out")
         self.down = Linear(cfg.ffn, cfg.hidden_size, topo, residual_std(cfg), cfg.bias, cut="in")
 
+    @abstractmethod
     def activation(self, x: torch.Tensor) -> torch.Tensor:
-        raise NotImplementedError
+        """f, element by element."""
 
     def forward(self, x_BSD: torch.Tensor) -> torch.Tensor:
         """(B, S, D) -> (B, S, D)."""

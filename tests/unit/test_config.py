@@ -45,6 +45,9 @@ REFUSED = [
     (["corpus.tokenizer=sentencepiece_bp"], ["corpus.tokenizer", "sentencepiece_bpe"]),
     (["model.dropout=1"], ["model.dropout", "[0, 1)"]),
     (["model.rope.scaling=yarn", "model.position=learned"], ["model.rope.scaling", "position"]),
+    (["model.rope.factor=8"], ["model.rope.factor=8", "scaling=none"]),
+    (["model.rope.scaling=linear", "model.rope.beta_fast=16"], ["model.rope.beta_fast", "linear"]),
+    (["train.ramp.samples=100"], ["train.ramp", "start"]),
     (["checkpoint.keep_last=-1"], ["checkpoint.keep_last"]),
     (["schedule=constant", "schedule.min_lr_ratio=0.5"], ["min_lr_ratio"]),
     (["name=${nope}"], ["nope"]),
@@ -61,7 +64,9 @@ def test_refused_in_one_line(overrides: list[str], words: list[str]) -> None:
 
 
 @pytest.mark.parametrize("argv", [["train", "optim.lrr=3"], ["trian"], ["data", "prepar"], ["parity"], ["train", "--wat"],
-                                  ["train", "-m", "seed=1,2"], ["generate"], ["eval"], ["data", "inspect"], ["eval", "no/such/run"],
+                                  ["train", "-m", "seed=1,2"], ["generate"], ["generate", "r", "temperature=0", "top_k=5"],
+                                  ["eval"],
+                                  ["data", "inspect"], ["eval", "no/such/run"],
                                   ["data", "prepare", "corpus.input="],
                                   ["train", "--config-dir", "no/such/folder"]])  # fmt: skip
 def test_exit_code_2(argv: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
