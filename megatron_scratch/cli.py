@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from megatron_scratch import __version__
 from megatron_scratch.util.errors import UserError, nearest
 from megatron_scratch.util.exits import OK, exit_code
+
+if TYPE_CHECKING:
+    from megatron_scratch.config import Config
 
 USAGE = """megatron-scratch VERB [key=value ...]
 
@@ -68,7 +72,7 @@ def _options(words: list[str]) -> tuple[list[str], list[str], bool]:
     return overrides, folders, show
 
 
-def _composed(words: list[str]):  # type: ignore[no-untyped-def]
+def _composed(words: list[str]) -> Config | None:
     """The config of a verb, or None when it was only to be shown."""
     from omegaconf import OmegaConf
 
@@ -109,10 +113,8 @@ def _data_prepare(words: list[str]) -> int:
     cfg = _composed(words)
     if cfg is None:
         return OK
-    from megatron_scratch.config.data import check_corpus
     from megatron_scratch.corpus.pipeline import prepare
 
-    check_corpus(cfg.corpus)
     prepare(cfg.corpus, progress=lambda text: print(text, flush=True))
     return OK
 

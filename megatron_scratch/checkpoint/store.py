@@ -17,12 +17,13 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_scratch.checkpoint.storage import CorruptCheckpoint, Reader, Writer, read_manifest, read_verified
 from megatron_scratch.config.train import CheckpointConfig
-from megatron_scratch.parallel.collectives import all_reduce_world, barrier
+from megatron_scratch.parallel.collectives import barrier, gather_json
 from megatron_scratch.parallel.topology import Topology
-from megatron_scratch.util.errors import UserError
+from megatron_scratch.util.errors import RunFailed, UserError
 from megatron_scratch.util.files import fsync_dir
 
 State = dict[str, torch.Tensor]
@@ -46,13 +47,25 @@ def save(root: Path, step: int, state: State, extra: dict[str, Any], topo: Topol
         tmp.mkdir(parents=True)
     barrier(topo)
     writer = Writer(tmp, topo.rank, {"step": step, **extra})
-    with _quiet():
-        dcp.save(state, storage_writer=writer, no_dist=topo.world == 1)
-    if topo.is_main:
-        tmp.rename(final)
-        fsync_dir(root)
+    try:
+        with _quiet():
+            dcp.save(state, storage_writer=writer, no_dist=topo.world == 1)
+        if topo.is_main:
+            tmp.rename(final)
+            fsync_dir(root)
+    except (CheckpointException, OSError) as error:  # DCP's is a BaseException that holds what each rank raised
+        raise RunFailed(
+            f"the checkpoint of step {step} could not be written ({_reason(error)}); the ones before it are whole"
+        ) from error
     barrier(topo)
     return final
+
+
+def _reason(error: BaseException) -> str:
+    """The first rank's own words, in one line."""
+    if isinstance(error, CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    return " ".join(str(error).split())
 
 
 @contextmanager
@@ -76,21 +89,24 @@ def verify(folder: Path, part: int = 0, parts: int = 1) -> dict[str, Any]:
 
 
 def newest_valid(root: Path, topo: Topology) -> tuple[Path | None, dict[Path, str]]:
-    """The newest checkpoint whose every file is as written, and {newer folder: what is wrong with it}; collective.
-
-    The ranks share the files among them to verify, and agree on the answer.
-    """
+    """The newest checkpoint whose every file is as written, and {newer folder: what is wrong with it}; collective."""
     problems: dict[Path, str] = {}
     for step in reversed(committed(root)):
-        folder, problem = step_folder(root, step), ""
-        try:
-            verify(folder, topo.rank, topo.world)
-        except CorruptCheckpoint as error:
-            problem = str(error)
-        if int(all_reduce_world(torch.tensor(int(not problem)), topo, "min")):
+        folder = step_folder(root, step)
+        if not (problem := find_problem(folder, topo)):
             return folder, problems
-        problems[folder] = problem or f"{folder}: another rank found a corrupt file"
+        problems[folder] = problem
     return None, problems
+
+
+def find_problem(folder: Path, topo: Topology) -> str:
+    """What is wrong with a checkpoint, or an empty string; collective: the ranks share the files and agree on the answer."""
+    problem = ""
+    try:
+        verify(folder, topo.rank, topo.world)
+    except CorruptCheckpoint as error:
+        problem = str(error)
+    return next((found for found in gather_json(problem, topo) if found), "")
 
 
 def set_aside(folder: Path) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from megatron_scratch import registry
 from megatron_scratch.config.schema import Config
-from megatron_scratch.util.errors import UserError, nearest
+from megatron_scratch.util.errors import UserError, choice, nearest
+from megatron_scratch.util.files import atomic_write
 
 PACKAGE = "megatron_scratch.configs"
 
@@ -68,8 +70,6 @@ def to_config(composed: DictConfig) -> Config:
 
 def save(cfg: Config, path: Path) -> None:
     """Write the resolved config as YAML."""
-    from megatron_scratch.util.files import atomic_write
-
     with atomic_write(path, "w") as f:
         f.write(OmegaConf.to_yaml(OmegaConf.structured(cfg)))
 
@@ -87,17 +87,12 @@ def parse_args(schema: type, words: list[str], positional: str) -> Any:
     words = [word if "=" in word else f"{positional}={word}" for word in words]
     fields = [f.name for f in dataclasses.fields(schema)]
     for key in (word.partition("=")[0] for word in words):
-        choice_of_key(key, fields)
+        choice("key", key, fields)
     try:
         merged = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.from_dotlist([_quoted(w) for w in words]))
         return OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         raise UserError(_one_line(error, words)) from error
-
-
-def choice_of_key(key: str, allowed: list[str]) -> None:
-    if key not in allowed:
-        raise UserError(f"{key} is not a key; allowed: {', '.join(allowed)}{nearest(key, allowed)}")
 
 
 def _quoted(word: str) -> str:
@@ -172,8 +167,6 @@ def _given(key: str, overrides: list[str]) -> str:
 
 def _unknown_option(path: str) -> str:
     group, _, name = path.rpartition("/")
-    from importlib.resources import files
-
     folder = files(PACKAGE) / group
     options = sorted(p.name[:-5] for p in folder.iterdir() if p.name.endswith(".yaml")) if folder.is_dir() else []
     if options:

@@ -17,7 +17,7 @@ class ParamGroup:
     weight_decay: Optional[float] = None  # None: the optimizer's
 
 
-def _no_decay() -> list[ParamGroup]:
+def default_groups() -> list[ParamGroup]:
     return [ParamGroup(pattern=r"norm|bias$|embed", weight_decay=0.0)]
 
 
@@ -29,7 +29,7 @@ class OptimConfig:
     lr: float = 3e-4
     weight_decay: float = 0.1
     clip_grad_norm: float = 1.0  # 0: the norm is measured but nothing is clipped
-    groups: list[ParamGroup] = field(default_factory=_no_decay)
+    groups: list[ParamGroup] = field(default_factory=default_groups)
 
 
 @dataclass

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_scratch.data.indexed import IndexedDataset
-from megatron_scratch.data.tokenizer import FILES, Tokenizer, load_tokenizer
+from megatron_scratch.data.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 from megatron_scratch.util.errors import UserError
 
 BAR = 40  # characters of the longest bar in the histogram
@@ -43,7 +43,7 @@ def inspect(path: str | Path, document: int | None = None, sample: int | None = 
 
 
 def _tokenizer(folder: Path) -> Tokenizer | None:
-    return load_tokenizer(folder) if any((folder / name).is_file() for name in FILES) else None
+    return load_tokenizer(folder) if has_tokenizer(folder) else None
 
 
 def _show(title: str, tokens: np.ndarray, tokenizer: Tokenizer | None) -> str:

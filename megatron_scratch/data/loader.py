@@ -17,7 +17,7 @@ import numpy as np
 from megatron_scratch.config.data import DataConfig, blend_parts
 from megatron_scratch.data.dataset import Blend, EvalWindows, GPTDataset, Sample
 from megatron_scratch.data.indexed import IndexedDataset, check_token_ids, paths
-from megatron_scratch.data.tokenizer import FILES, Tokenizer, load_tokenizer
+from megatron_scratch.data.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 from megatron_scratch.util.errors import UserError
 
 IGNORED = -100  # a label that is not predicted: torch's ignore_index
@@ -179,7 +179,7 @@ def _valid_files(parts: list[Part]) -> list[IndexedDataset]:
 
 def _tokenizer(data: DataConfig, parts: list[Part]) -> Tokenizer | None:
     """The one tokenizer of all parts; None for bare Megatron files. Each part's manifest must name its sha256."""
-    has_one = [p.folder for p in parts if p.folder and (p.manifest or any((p.folder / name).is_file() for name in FILES))]
+    has_one = [p.folder for p in parts if p.folder and (p.manifest or has_tokenizer(p.folder))]
     where = data.tokenizer or (has_one[0] if has_one else None)
     tokenizer = load_tokenizer(where) if where else None
     for part in parts:

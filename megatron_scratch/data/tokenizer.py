@@ -217,6 +217,11 @@ def _find_eod(names: dict[str, int], where: str) -> int:
     raise UserError(f"{where} has no end-of-document token; allowed: one of {', '.join(EOD_PIECES)}; use a tokenizer with one")
 
 
+def has_tokenizer(folder: str | Path) -> bool:
+    """Whether `load_tokenizer` finds one in a folder."""
+    return any((Path(folder) / name).is_file() for name in FILES)
+
+
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """The tokenizer in a file, or in a folder that holds `tokenizer.model` or `tokenizer.json`."""
     path = Path(path)

@@ -1,12 +1,13 @@
-"""How many parameters a config has and how much arithmetic a token costs, from the config alone. No torch, nothing is built."""
+"""How many parameters a config has and how much arithmetic a token costs. Nothing gets memory: 405B take a moment."""
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 from megatron_scratch.config.model import ModelConfig
-
-GATED = ("swiglu", "geglu")
+from megatron_scratch.models.decoder import Decoder
+from megatron_scratch.parallel.topology import SINGLE
 
 
 @dataclass(frozen=True)
@@ -34,22 +35,13 @@ class ParameterCount:
 
 
 def count_parameters(cfg: ModelConfig) -> ParameterCount:
-    """Exact, by part; a test compares it with the built model."""
+    """Counted on the model itself, built without memory, so that a plugin's parts count as they are."""
     assert cfg.vocab_size is not None
-    d, q, kv, f = cfg.hidden_size, cfg.num_heads * cfg.head_size, cfg.kv_heads * cfg.head_size, cfg.ffn
-    bias, qkv_bias = int(cfg.bias), int(cfg.bias if cfg.qkv_bias is None else cfg.qkv_bias)
-    norm = d * (1 + bias) if cfg.norm == "layernorm" else d
-    attention = (q + 2 * kv) * (d + qkv_bias) + q * d + bias * d + 2 * cfg.head_size * int(cfg.qk_norm)
-    ups = 2 if cfg.mlp in GATED else 1
-    mlp = ups * f * (d + bias) + f * d + bias * d
-    table = cfg.vocab_size * d
-    return ParameterCount(
-        embed=table,
-        position=cfg.max_seq_len * d if cfg.position == "learned" else 0,
-        layers=cfg.num_layers * (attention + mlp + 2 * norm),
-        norm=norm if cfg.norm_place == "pre" else 0,
-        head=0 if cfg.tie_embeddings else table,
-    )
+    counts: Counter[str] = Counter()
+    for name, parameter in Decoder(cfg, SINGLE).named_parameters():
+        padding = (cfg.padded_vocab - cfg.vocab_size) * cfg.hidden_size if name in ("embed.weight", "head.weight") else 0
+        counts[name.partition(".")[0]] += parameter.numel() - padding
+    return ParameterCount(**{part: counts[part] for part in ("embed", "position", "layers", "norm", "head")})
 
 
 def flops_per_token(cfg: ModelConfig, seq_len: int, causal: bool) -> float:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from megatron_scratch.config.optim import OptimConfig, ParamGroup, _no_decay
+from megatron_scratch.config.optim import OptimConfig, ParamGroup, default_groups
 from megatron_scratch.util.errors import UserError
 
 
@@ -36,7 +36,7 @@ def param_groups(named_parameters: Iterable[tuple[str, torch.Tensor]], cfg: Opti
         for i in hits:
             matched[i] = True
     for rule, hit in zip(cfg.groups, matched, strict=False):
-        if not hit and rule not in _no_decay():
+        if not hit and rule not in default_groups():
             raise UserError(f"optim.groups: the pattern {rule.pattern!r} matches no parameter; "
                             f"names look like {', '.join(names[:3])}")  # fmt: skip
     return [_group(rule, part, cfg) for rule, part in zip(rules, members, strict=True) if part]

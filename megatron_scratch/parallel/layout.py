@@ -9,7 +9,6 @@ from its own generator, seeded by (seed, name, block), so that any rank fills an
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -91,16 +90,10 @@ def global_slice(tensor: torch.Tensor) -> tuple[slice, ...]:
     return tuple(slice(o, o + s) for o, s in zip(offset, shape, strict=True))
 
 
-def named_inits(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, Init]]:
-    """Every parameter with its global name and its init. A shared one comes once, under its first name."""
-    for name, parameter in model.named_parameters():
-        yield name, parameter, parameter.init  # type: ignore[attr-defined]
-
-
 @torch.no_grad()
 def materialize(model: nn.Module, seed: int, device: torch.device) -> None:
     """Give a meta-device model memory on `device` and its initial values. Buffers are filled by `reset_buffers` of their owner."""
-    inits = {name: init for name, _, init in named_inits(model)}
+    inits = {name: parameter.init for name, parameter in model.named_parameters()}  # to_empty makes new parameters
     model.to_empty(device=device)
     for name, parameter in model.named_parameters():
         part = global_slice(parameter)
@@ -109,7 +102,6 @@ def materialize(model: nn.Module, seed: int, device: torch.device) -> None:
         local_value = value[(slice(None), *part[1:])] if len(part) > 1 else value
         target = parameter.to_local() if isinstance(parameter, DTensor) else parameter
         target.copy_(local_value)
-        parameter.init = inits[name]  # type: ignore[attr-defined]
     for module in model.modules():
         if hasattr(module, "reset_buffers"):
             module.reset_buffers()

@@ -20,6 +20,7 @@ from megatron_scratch.train import build
 from megatron_scratch.train.metrics import memory_gib, peak_flops, synchronize
 from megatron_scratch.train.step import to_device
 from megatron_scratch.util.env import Rank
+from megatron_scratch.util.errors import UserError
 
 DEFAULT_VOCAB = 256  # bytes: the vocabulary of the published comparison
 
@@ -42,6 +43,8 @@ class Clock:
 
 def bench(cfg: Config) -> str:
     """Measure `bench.steps` steps after `bench.warmup`; one process. Returns a report of a few lines."""
+    if cfg.launcher.processes not in (None, 1):
+        raise UserError(f"launcher.processes={cfg.launcher.processes}: bench measures one process; allowed: 1")
     if cfg.model.vocab_size is None:
         cfg.model.vocab_size = DEFAULT_VOCAB
     check(cfg, world=1)

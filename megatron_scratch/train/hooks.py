@@ -85,14 +85,8 @@ class Evaluate:
     def __init__(
         self, every: int, topo: Topology, run: RunDir, view: View, rates: Rates, measure: Callable[[], Evaluation]
     ) -> None:
-        self.due, self.topo, self.run_dir, self.view, self.rates, self.measure = (
-            Every(every, at_stop=False),
-            topo,
-            run,
-            view,
-            rates,
-            measure,
-        )
+        self.due, self.topo, self.run_dir = Every(every, at_stop=False), topo, run
+        self.view, self.rates, self.measure = view, rates, measure
 
     def run(self, step: int, result: StepResult) -> None:
         resume = self.rates.pause()

@@ -13,7 +13,7 @@ from megatron_scratch.checkpoint import store
 from megatron_scratch.config import Config, DataConfig, compose
 from megatron_scratch.config.verbs import EvalArgs, GenerateArgs
 from megatron_scratch.data.loader import open_data
-from megatron_scratch.data.tokenizer import FILES, Tokenizer, load_tokenizer
+from megatron_scratch.data.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 from megatron_scratch.parallel import SINGLE
 from megatron_scratch.train import build, resume
 from megatron_scratch.train.evaluate import evaluate
@@ -57,6 +57,8 @@ def load_run(run: str, precision: str | None = None) -> Trained:
 def evaluate_run(args: EvalArgs) -> str:
     """Loss, perplexity and bits per byte of a run on its own validation set or on `args.data`, as a line of text."""
     choice("split", args.split, ("valid", "train"))
+    if args.split != "valid" and args.data is None:
+        raise UserError(f"split={args.split} has no effect without data=DIR; give the dataset")
     trained = load_run(args.run, args.precision)
     cfg = trained.cfg
     if args.data is not None:
@@ -65,6 +67,7 @@ def evaluate_run(args: EvalArgs) -> str:
     data = open_data(cfg.data, cfg.train.seq_len, cfg.seed, need_train=False)
     if data.valid is None:
         raise UserError(f"the data of {args.run} has no validation set; give data=DIR")
+    _refuse_other_tokenizer(trained.folder.parent.parent, args.data, data.tokenizer)
     cfg.train.micro_batch_size = args.micro_batch_size
     batches = build.validation(cfg, data, SINGLE)
     device = next(trained.model.parameters()).device
@@ -73,6 +76,13 @@ def evaluate_run(args: EvalArgs) -> str:
     bits = "" if result.bits_per_byte is None else f"  bits per byte {result.bits_per_byte:.4f}"
     return (f"{trained.folder}: loss {result.loss:.4f} nats/token  perplexity {result.perplexity:.2f}{bits}  "
             f"over {result.tokens:,} tokens ({result.bytes:,} bytes)")  # fmt: skip
+
+
+def _refuse_other_tokenizer(run: Path, data: str | None, theirs: Tokenizer | None) -> None:
+    """Ids mean nothing under another tokenizer, and a loss would come out all the same."""
+    if theirs is not None and has_tokenizer(run) and (ours := load_tokenizer(run)).sha256 != theirs.sha256:
+        raise UserError(f"data={data} has a tokenizer (sha256 {theirs.sha256[:12]}) that is not the run's ({ours.sha256[:12]}); "
+                        f"prepare it with corpus.tokenizer={run / ours.file_name}")  # fmt: skip
 
 
 def _prefix(data: str, split: str) -> str:
@@ -96,6 +106,6 @@ def generate_text(args: GenerateArgs) -> Iterator[str]:
 
 def run_tokenizer(run: Path) -> Tokenizer:
     """The tokenizer that a run was trained with, as it lies in the run directory."""
-    if not any((run / name).is_file() for name in FILES):
+    if not has_tokenizer(run):
         raise UserError(f"{run} has no tokenizer, as its data had none; give data.tokenizer=FILE when training")
     return load_tokenizer(run)

@@ -71,7 +71,8 @@ def newest(root: Path, topo: Topology, view: View | None = None, run_dir: RunDir
 def named(path: Path, topo: Topology) -> Path:
     """A checkpoint that the user named: its own folder, or the newest of a run directory."""
     if (path / "manifest.json").is_file():
-        store.verify(path, topo.rank, topo.world)
+        if problem := store.find_problem(path, topo):
+            raise RunFailed(f"the checkpoint is corrupt: {problem}; name another")
         return path
     root = path / "checkpoints"
     if not store.committed(root):

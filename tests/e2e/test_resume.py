@@ -141,3 +141,43 @@ def test_a_changed_batch_size_loses_no_sample(corpus: Path, tmp_path: Path) -> N
     assert ledger(tmp_path / "r", "resume")[0]["samples"] == 24
     manifest = (tmp_path / "r" / "checkpoints" / "step_00000005" / "manifest.json").read_text()
     assert '"samples": 32' in manifest
+
+
+def _disk_full() -> None:
+    """From the second checkpoint on, this rank cannot write."""
+    from megatron_scratch.checkpoint.storage import Writer
+
+    whole, calls = Writer._write_file, [0]
+
+    def write(*args: object) -> object:
+        calls[0] += 1
+        if calls[0] > 1:
+            raise OSError(28, "No space left on device")
+        return whole(*args)  # type: ignore[arg-type]
+
+    Writer._write_file = write  # type: ignore[assignment, method-assign]
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_full_disk_is_a_failure_in_one_line_and_costs_nothing(
+    world: int, corpus: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], uninterrupted: dict[tuple[int, str], Path]
+) -> None:
+    cfg = config(corpus, tmp_path / "r", *LONG, world=world)
+    assert run(cfg, world, _disk_full) == [1] * world
+    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("failed")]
+    assert len(lines) == world and all("the checkpoint of step 6" in line and "No space left" in line for line in lines)
+    assert run(cfg, world) == [0] * world
+    assert weights(tmp_path / "r", STEPS) == weights(uninterrupted[world, "adamw"], STEPS)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_corrupt_checkpoint_named_by_hand(world: int, corpus: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """All ranks hear of what one of them has found, and end at once."""
+    assert run(config(corpus, tmp_path / "a", "train.steps=2")) == [0]
+    folder = tmp_path / "a" / "checkpoints" / "step_00000002"
+    damaged = next(folder.glob("*.safetensors"))
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    cfg = config(corpus, tmp_path / "b", "train.steps=4", f"checkpoint.resume={folder}", world=world)
+    assert run(cfg, world) == [1] * world
+    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("failed")]
+    assert len(lines) == world and all(str(damaged) in line for line in lines)

@@ -121,6 +121,7 @@ def test_eval_and_generate(trained: Path, capsys: pytest.CaptureFixture[str], co
         main(["generate", str(trained / "checkpoints" / "step_00000020"), "prompt=a", "max_new_tokens=5", "top_k=3", "top_p=0.9"])
         == 0
     )
+    assert main(["eval", str(trained), "split=train"]) == 2
     for bad in (["max_new_tokens=1000"], ["temperature=-1"], ["top_p=2"], ["temprature=1"]):
         assert main(["generate", str(trained), *bad]) == 2
 
@@ -134,6 +135,7 @@ def test_bench(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", *TINY, "bench.steps=2", "bench.warmup=1"]) == 0
     out = capsys.readouterr().out
     assert "tokens/s" in out and "MFU" in out and "backward" in out
+    assert main(["bench", *TINY, "launcher.processes=2"]) == 2
 
 
 # ---- refused: one line, exit code 2, nothing damaged
@@ -174,13 +176,14 @@ def test_existing_megatron_files_train(tmp_path: Path) -> None:
     assert main([*argv, "model.vocab_size=50"]) == 0
 
 
-def test_another_tokenizer(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_another_tokenizer(corpus: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copytree(corpus, tmp_path / "data")
     assert main(["data", "prepare", "corpus.input=stdlib", f"corpus.output={tmp_path / 'other'}", "corpus.vocab_size=400",
                  "corpus.max_bytes=100000"]) == 0  # fmt: skip
     other = tmp_path / "other" / "tokenizer.model"
     refused(["train", *TINY, f"data.dir={tmp_path / 'data'}", f"data.tokenizer={other}", f"dir={tmp_path / 'r'}"],
             ["tokenizer", "not the dataset's"], capsys)  # fmt: skip
+    refused(["eval", str(trained), f"data={tmp_path / 'other'}"], ["tokenizer", "not the run's"], capsys)
 
 
 @pytest.mark.parametrize("argv", [["corpus.input=no/such/file"], ["corpus.input=EMPTY"]])
