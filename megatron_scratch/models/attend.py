@@ -185,13 +185,13 @@ def auto(
 ) -> torch.Tensor:
     """On a CPU in bf16 `matmul` for sequences up to MATMUL_KEYS, else `sdpa`.
 
-    Forward + backward in ms of 4096 tokens, 6 heads of 64, two cores, torch 2.13 (sdpa / matmul):
+    Forward + backward in ms of 4096 tokens, 6 heads of 64, two cores, torch 2.13 (sdpa / matmul; benchmarks/cpu_kernels.md):
         keys      256          512          1024         2048
-        fp32   37 / 33      75 / 55      98 / 88     163 / 153
-        bf16   38 / 13      59 / 20      73 / 34     121 / 60
-    torch's CPU kernel gains little from bf16; oneDNN's batched products run 5x faster in it. Over a whole step of a 6-layer model
-    of width 384 that is 24 % in bf16 and nothing in fp32 (0.90 against 1.18, 3.36 against 3.36 CPU seconds), and `sdpa` keeps
-    no probabilities. One query (decoding) is left to `sdpa`: there `matmul` would copy the whole cache.
+        fp32   38 / 29      75 / 44     102 / 78     168 / 144
+        bf16   39 / 13      65 / 20      75 / 35     120 / 63
+    torch's CPU kernel gains little from bf16; oneDNN's batched products do. A whole bf16 step of a 6-layer model of width 384 runs
+    at 0.71 of its speed with `sdpa`; an fp32 step is the same with either, and `sdpa` keeps no probabilities. One query (decoding)
+    is left to `sdpa`: there `matmul` would copy the whole cache.
     """
     short = q_BSHK.device.type == "cpu" and 1 < mask.queries and mask.keys <= MATMUL_KEYS.get(q_BSHK.dtype, 0)
     return (matmul if short and dropout_p == 0.0 else sdpa)(q_BSHK, k_BTGK, v_BTGK, mask, dropout_p)

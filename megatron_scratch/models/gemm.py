@@ -1,8 +1,8 @@
 """Matrix products of the layers. One function, two ways: torch's own, and oneDNN's fp32 kernels where they are twice as fast.
 
-On AMD CPUs with AVX-512 torch sends fp32 products to MKL, which runs its AVX2 kernels there: 198 GFLOP/s on two cores (Zen 5)
-against 440-460 by oneDNN, which comes with torch and computes every bf16 product anyway. Which one is taken depends on the
-machine alone, never on a timing: a resumed run must take the same one.
+On AMD CPUs with AVX-512 torch sends fp32 products to MKL, which runs its AVX2 kernels there: 190-210 GFLOP/s on two cores (Zen 5)
+against 430-455 by oneDNN (benchmarks/cpu_kernels.md), which comes with torch and computes every bf16 product anyway. Which one is
+taken depends on the machine alone, never on a timing: a resumed run must take the same one.
 
 Legend: N rows (tokens), I features in, O features out.
 """
