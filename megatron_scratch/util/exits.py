@@ -29,5 +29,7 @@ def exit_code(work: Callable[[], object]) -> int:
 
 
 def _say(word: str, error: object, code: int) -> int:
-    print(f"{word}: {error}", file=sys.stderr, flush=True)
+    # One write, newline included: print() makes two on an unbuffered stream, and ranks that fail together glue their lines.
+    sys.stderr.write(f"{word}: {error}\n")
+    sys.stderr.flush()
     return code
