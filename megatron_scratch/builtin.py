@@ -1,5 +1,6 @@
 """Every part that ships with the package, on one screen: kind, name, where it lives. Listing them imports none of them."""
 
+from megatron_scratch.config.engine import DDPConfig, FSDPConfig, HSDPConfig
 from megatron_scratch.config.optim import (
     AdamWConfig,
     DecayConfig,
@@ -25,8 +26,7 @@ _PARTS = {
     "hf": {"gpt2": "models.hf:GPT2", "llama": "models.hf:LLAMA", "qwen3": "models.hf:QWEN3"},
     "attention": {"auto": "models.attend:auto", "reference": "models.attend:reference", "sdpa": "models.attend:sdpa",
                   "matmul": "models.attend:matmul"},
-    "engine": {"ddp": "engine.ddp:DDPEngine"},
-    "precision": {"fp32": "train.build:fp32", "bf16": "train.build:bf16"},
+    "precision": {"fp32": "train.build:fp32", "bf16": "train.build:bf16", "fp64": "train.build:fp64"},
     "logging": {"console": "train.metrics:Console"},
     "launcher": {"local": "launch.local:launch"},
     "sample_order": {"documents": "data.dataset:DocumentOrder", "contiguous": "data.dataset:ContiguousOrder"},
@@ -36,6 +36,8 @@ _PARTS = {
                           "byte": "corpus.train_tokenizer:byte"},
 }  # fmt: skip
 
+_ENGINES = {"ddp": ("ddp:DDPEngine", DDPConfig), "fsdp": ("fsdp:FSDPEngine", FSDPConfig),
+            "hsdp": ("fsdp:FSDPEngine", HSDPConfig)}  # fmt: skip
 _OPTIMIZERS = {"adamw": AdamWConfig, "sgd": SGDConfig, "lion": LionConfig, "muon": MuonConfig}
 _SCHEDULES = {"constant": ScheduleConfig, "linear": DecayConfig, "cosine": DecayConfig,
               "inverse_sqrt": FloorConfig, "wsd": WSDConfig}  # fmt: skip
@@ -46,6 +48,8 @@ def register_all() -> None:
     for kind, table in _PARTS.items():
         for name, target in table.items():
             register(kind, name, f"{_P}.{target}")
+    for name, (target, config) in _ENGINES.items():
+        register("engine", name, f"{_P}.engine.{target}", config)
     for name, config in _OPTIMIZERS.items():
         register("optim", name, f"{_P}.optim.optimizers:{name}", config)
     for name, config in _SCHEDULES.items():

@@ -98,7 +98,7 @@ def _train(words: list[str]) -> int:
     world = rank.world if rank.launched else world_size(cfg)
     if rank.launched and cfg.launcher.processes not in (None, world):
         raise UserError(f"launcher.processes={cfg.launcher.processes}, but torchrun or srun has started {world}; leave it out")
-    cfg = resolve(cfg, world)
+    cfg = resolve(cfg, world, rank.nodes)
     if rank.launched:  # torchrun or srun started us: this process is a rank
         from megatron_scratch.train.worker import report, run
 

@@ -116,7 +116,7 @@ def test_nothing_dangerous() -> None:
 
 
 def test_environment_is_read_in_one_place() -> None:
-    allowed = {"util/env.py", "launch/local.py"}  # local.py hands it on to the ranks it starts
+    allowed = {"util/env.py", "util/deepspeed_env.py", "launch/local.py"}  # local.py hands it on to the ranks it starts
     for path in files():
         if str(path.relative_to(PACKAGE)) not in allowed:
             assert "os.environ" not in path.read_text() and "getenv" not in path.read_text(), path
@@ -144,8 +144,8 @@ def test_every_yaml_composes_and_starts_with_its_command(override: str) -> None:
 
 def test_every_registered_part_exists() -> None:
     from megatron_scratch import registry
-    from megatron_scratch.builtin import _OPTIMIZERS, _PARTS, _SCHEDULES
+    from megatron_scratch.builtin import _ENGINES, _OPTIMIZERS, _PARTS, _SCHEDULES
 
-    for kind, names in {**_PARTS, "optim": _OPTIMIZERS, "schedule": _SCHEDULES}.items():
+    for kind, names in {**_PARTS, "engine": _ENGINES, "optim": _OPTIMIZERS, "schedule": _SCHEDULES}.items():
         for name in names:
             assert registry.get(kind, name) is not None, (kind, name)  # imports the module and finds the attribute

@@ -21,12 +21,13 @@ from megatron_scratch.util.errors import UserError, choice, nearest
 from megatron_scratch.util.files import atomic_write
 
 PACKAGE = "megatron_scratch.configs"
+PER_ENTRY = ("engine", "optim", "schedule")  # sections whose keys depend on the entry they name
 
 
 def _store_schema() -> None:
     store = ConfigStore.instance()
     store.store(name="schema", node=Config)
-    for kind in ("optim", "schedule"):
+    for kind in PER_ENTRY:
         for name in registry.names(kind):
             store.store(group=kind, name=f"schema_{name}", node=registry.entry(kind, name).config)
 
@@ -56,7 +57,7 @@ def to_config(composed: DictConfig) -> Config:
     """A composed or saved tree as typed, resolved dataclasses; unknown keys and wrong types are refused."""
     try:
         schema: Any = OmegaConf.structured(Config)
-        for kind in ("optim", "schedule"):
+        for kind in PER_ENTRY:
             entry = registry.entry(kind, str(composed[kind].name))
             schema[kind] = OmegaConf.structured(entry.config)
         _refuse_targets(OmegaConf.to_container(composed), "")
@@ -127,7 +128,7 @@ def _keys(node: Any, prefix: str = "") -> list[str]:
 
 def _all_keys() -> list[str]:
     keys = set(_keys(OmegaConf.to_container(OmegaConf.structured(Config))))
-    for kind in ("optim", "schedule"):
+    for kind in PER_ENTRY:
         for name in registry.names(kind):
             keys |= {f"{kind}.{k}" for k in _keys(OmegaConf.to_container(OmegaConf.structured(registry.entry(kind, name).config)))}
     return sorted(keys)

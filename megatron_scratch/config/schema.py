@@ -7,12 +7,12 @@ from typing import Any
 
 from megatron_scratch import registry
 from megatron_scratch.config.data import CorpusConfig, DataConfig, check_corpus, check_data
+from megatron_scratch.config.engine import EngineConfig, check_engine, replicas
 from megatron_scratch.config.model import ModelConfig, check_model
 from megatron_scratch.config.optim import OptimConfig, ScheduleConfig, check_optim, check_schedule
 from megatron_scratch.config.train import (
     BenchConfig,
     CheckpointConfig,
-    EngineConfig,
     LauncherConfig,
     LoggingConfig,
     ParallelConfig,
@@ -21,13 +21,14 @@ from megatron_scratch.config.train import (
     check_batch,
     check_checkpoint,
     check_parallel,
+    check_tensor,
 )
 from megatron_scratch.util.errors import UserError, choice
 
 
 @dataclass
 class Config:
-    """One run. `optim` and `schedule` hold the dataclass of the entry they name."""
+    """One run. `engine`, `optim` and `schedule` hold the dataclass of the entry they name."""
 
     name: str = "run"
     dir: str = "runs/${name}"
@@ -35,7 +36,7 @@ class Config:
     plugins: list[str] = field(default_factory=list)  # modules that register parts of your own
     model: ModelConfig = field(default_factory=ModelConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    engine: EngineConfig = field(default_factory=EngineConfig)
+    engine: Any = field(default_factory=EngineConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     optim: Any = field(default_factory=OptimConfig)
@@ -48,7 +49,7 @@ class Config:
     bench: BenchConfig = field(default_factory=BenchConfig)
 
 
-def check(cfg: Config, world: int) -> None:
+def check(cfg: Config, world: int, nodes: int = 1) -> None:
     """Refuse what cannot run on `world` processes. Sections check themselves; below them, the rules between sections."""
     check_model(cfg.model)
     check_parallel(cfg.parallel)
@@ -61,8 +62,13 @@ def check(cfg: Config, world: int) -> None:
         choice(section, getattr(cfg, section).name, registry.names(section))
     model_ranks = cfg.parallel.tp * cfg.parallel.pp * cfg.parallel.cp
     if world % model_ranks:
-        raise UserError(f"the world of {world} processes is not divisible by tp x pp x cp = {model_ranks}")
-    check_batch(cfg.train, world // model_ranks)
+        raise UserError(f"the world of {world} processes is not divisible by parallel.tp x pp x cp = {model_ranks}; "
+                        f"give launcher.processes={-(-world // model_ranks) * model_ranks}, or leave it out")  # fmt: skip
+    dp = world // model_ranks
+    check_batch(cfg.train, dp)
+    check_engine(cfg.engine)
+    replicas(cfg.engine, dp, nodes)
+    check_tensor(cfg.model, cfg.train, cfg.parallel)
     if cfg.train.seq_len > cfg.model.max_seq_len:
         raise UserError(f"train.seq_len={cfg.train.seq_len} is beyond model.max_seq_len={cfg.model.max_seq_len}; "
                         "shorten one or lengthen the other")  # fmt: skip

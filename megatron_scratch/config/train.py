@@ -1,10 +1,11 @@
-"""The sections about the run itself: `train`, `parallel`, `engine`, `precision`, `checkpoint`, `logging`, `launcher`."""
+"""The sections about the run itself: `train`, `parallel`, `precision`, `checkpoint`, `logging`, `launcher`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Optional
 
+from megatron_scratch.config.model import VOCAB_MULTIPLE, ModelConfig
 from megatron_scratch.util.errors import UserError
 
 
@@ -40,22 +41,17 @@ class ParallelConfig:
     """Degrees of the layout. Data parallelism is what is left of the world."""
 
     tp: int = 1
+    sequence_parallel: Optional[bool] = None  # between tensor-parallel layers a rank keeps 1/tp of the tokens; None: with tp > 1
+    overlap: bool = False  # tp messages of backward travel while matrices are multiplied; the same bits, see docs/parallel.md
     pp: int = 1
     cp: int = 1
     ep: int = 1
 
 
 @dataclass
-class EngineConfig:
-    """Who holds parameters, gradients and optimizer state, and reduces gradients."""
-
-    name: str = "ddp"
-    bucket_mb: int = 25  # gradients are all-reduced in pieces of this size while backward goes on
-
-
-@dataclass
 class PrecisionConfig:
-    """fp32: everything. bf16: bf16 compute, fp32 master weights, gradients, reductions, norm statistics, softmax and loss."""
+    """fp32: everything. bf16: bf16 compute, fp32 master weights, gradients, reductions, norm statistics, softmax and loss.
+    fp64: everything, to find errors of logic that rounding hides."""
 
     name: str = "fp32"
 
@@ -120,10 +116,40 @@ def check_batch(t: TrainConfig, dp: int) -> None:
 
 
 def check_parallel(p: ParallelConfig) -> None:
-    names = {"tp": "tensor", "pp": "pipeline", "cp": "context", "ep": "expert"}
-    for axis, word in names.items():
+    """Degrees that this version has, and options that can take effect."""
+    if p.tp < 1:
+        raise UserError(f"parallel.tp={p.tp} must be at least 1")
+    for axis, word in {"pp": "pipeline", "cp": "context", "ep": "expert"}.items():
         if getattr(p, axis) != 1:
             raise UserError(f"parallel.{axis}={getattr(p, axis)}: {word} parallelism is not in this version; allowed: 1")
+    if p.tp == 1:
+        for key, on in (("sequence_parallel", p.sequence_parallel), ("overlap", p.overlap)):
+            if on:
+                raise UserError(f"parallel.{key}=true has no effect with parallel.tp=1; leave it out, or give parallel.tp=N")
+
+
+def check_tensor(m: ModelConfig, t: TrainConfig, p: ParallelConfig) -> None:
+    """Refuse a model that does not divide over tp; the vocabulary always does, as it is padded to a multiple of 128."""
+    tp = p.tp
+    if VOCAB_MULTIPLE % tp:
+        fit = [n for n in range(1, VOCAB_MULTIPLE + 1) if VOCAB_MULTIPLE % n == 0]
+        raise UserError(
+            f"parallel.tp={tp} does not divide {VOCAB_MULTIPLE}, to whose multiples vocabularies are padded; allowed: {fit}"
+        )
+    for key, size in (("num_heads", m.num_heads), ("ffn_size", m.ffn)):
+        if size % tp:
+            raise UserError(f"model.{key}={size} is not divisible by parallel.tp={tp}; nearest that are: "
+                            f"{', '.join(str(n) for n in (size // tp * tp, (size // tp + 1) * tp) if n)}")  # fmt: skip
+    if m.kv_heads % tp and tp % m.kv_heads:
+        raise UserError(f"model.num_kv_heads={m.kv_heads} and parallel.tp={tp}: one must divide the other (heads are dealt out, or "
+                        "each is copied to several ranks)")  # fmt: skip
+    if tp > m.kv_heads and m.fused_qkv:
+        raise UserError(f"parallel.tp={tp} is more than model.num_kv_heads={m.kv_heads}: key/value heads are then copied to "
+                        "several ranks, which the fused weight cannot be; give model.fused_qkv=false")  # fmt: skip
+    tokens = t.micro_batch_size * t.seq_len
+    if p.sequence_parallel is not False and tokens % tp:
+        raise UserError(f"train.micro_batch_size={t.micro_batch_size} x train.seq_len={t.seq_len} = {tokens} tokens are not "
+                        f"divisible by parallel.tp={tp}; change one, or give parallel.sequence_parallel=false")  # fmt: skip
 
 
 def check_checkpoint(c: CheckpointConfig) -> None:

@@ -12,17 +12,20 @@ from torch import nn
 
 from megatron_scratch.parallel.topology import Topology
 
+Shapes = Mapping[str, tuple[tuple[int, ...], torch.dtype]]  # what a checkpoint holds: name -> global shape, dtype
+
 
 @dataclass(frozen=True)
 class Parts:
     """What an engine is built from. It decides in which order: some shard before there is memory, some after."""
 
     model: nn.Module  # what is called and wrapped: tokens and labels in, loss out
-    core: nn.Module  # the part of it whose parameter names are the global ones
+    core: nn.Module  # the part of it whose parameter names are the global ones; its children `layers` are the units to shard by
     fill: Callable[[], None]  # gives the meta-device model memory and its initial values
     make_optimizer: Callable[[dict[str, nn.Parameter]], torch.optim.Optimizer]
     topo: Topology
     clip: float  # largest gradient norm; 0: no clipping
+    compute_dtype: torch.dtype = torch.float32  # of the activations; parameters are fp32 masters (fp64 in fp64)
 
 
 class Engine(Protocol):
@@ -32,16 +35,20 @@ class Engine(Protocol):
         """The model's forward, with whatever the engine wraps around it."""
 
     def microbatch(self, last: bool) -> AbstractContextManager[None]:
-        """Around forward and backward of one microbatch. Gradients are reduced in the last one of a step only."""
+        """Around forward and backward of one microbatch. On leaving the last one of a step, gradients are whole: summed over
+        dp (each engine as late and as rarely as it can) and, where they are partial sums, over tp."""
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Accumulate gradients. `loss` is this rank's sum divided by the *global* token count: gradients add up over ranks."""
+        """Accumulate gradients. `loss` is this rank's sum divided by the *global* token count: gradients add up over dp."""
 
     def step(self, lr: float) -> torch.Tensor:
-        """Clip, update, zero the gradients. Returns the global gradient norm before clipping, on the device."""
+        """Clip, update, drop the gradients. Returns the global gradient norm before clipping, on the device."""
 
-    def state(self) -> dict[str, torch.Tensor]:
-        """`model.NAME` and `optim.NAME.KEY` -> the live tensor (a DTensor where it is sharded): to save, or to load into."""
+    def state(self) -> dict[str, Any]:
+        """The live tensors: `model.NAME` and `optim.NAME.KEY`, and between the last microbatch and the step `grad.NAME`.
 
-    def allocate(self, shapes: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> None:
-        """Make the optimizer state that a checkpoint holds, so that `state()` has a place for each of its tensors."""
+        A DTensor, or `parallel.pieces.Pieces`, where a rank holds a part; a plain tensor where it holds all.
+        """
+
+    def load(self, shapes: Shapes, fill: Callable[[dict[str, Any]], None]) -> None:
+        """Make room for the optimizer state that a checkpoint holds, have `fill` write into `state()`, and take it over."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
 
 from megatron_scratch.parallel.collectives import all_reduce_world
+from megatron_scratch.parallel.layout import local
 from megatron_scratch.parallel.topology import Topology
 
 
@@ -16,23 +17,24 @@ def _copies(gradient: torch.Tensor, world: int) -> int:
     shards = 1
     if isinstance(gradient, DTensor):
         for axis, placement in enumerate(gradient.placements):
-            shards *= gradient.device_mesh.size(axis) if isinstance(placement, Shard) else 1
+            shards *= 1 if placement.is_replicate() else gradient.device_mesh.size(axis)  # Shard, or FSDP's _StridedShard
     return world // shards
 
 
 @torch.no_grad()
 def global_norm(gradients: Sequence[torch.Tensor], topo: Topology) -> torch.Tensor:
-    """L2 norm over all ranks' gradients, each distinct number counted once; an fp32 scalar on the device.
+    """L2 norm over all ranks' gradients, each distinct number counted once; an fp32 (fp64) scalar on the device.
 
     sqrt(sum over ranks of |local|^2 / copies): torch's own norm refuses gradients on meshes of different shapes.
     """
     by_copies: dict[int, list[torch.Tensor]] = {}
     for g in gradients:
-        by_copies.setdefault(_copies(g, topo.world), []).append(g.to_local() if isinstance(g, DTensor) else g)
-    total = torch.zeros((), device=topo.device)
+        by_copies.setdefault(_copies(g, topo.world), []).append(local(g))
+    dtype = torch.promote_types(gradients[0].dtype, torch.float32) if gradients else torch.float32
+    total = torch.zeros((), device=topo.device, dtype=dtype)
     replicated = set(by_copies) <= {topo.world}  # plain data parallel: every rank has the whole sum, no message needed
-    for copies, local in by_copies.items():
-        squares = torch.stack(torch._foreach_norm(local, 2)).float().square().sum()
+    for copies, parts in by_copies.items():
+        squares = torch.stack(torch._foreach_norm(parts, 2)).to(dtype).square().sum()
         total += squares if replicated else squares / copies
     return total.sqrt() if replicated else all_reduce_world(total, topo).sqrt()
 
@@ -41,4 +43,4 @@ def global_norm(gradients: Sequence[torch.Tensor], topo: Topology) -> torch.Tens
 def clip_(gradients: Sequence[torch.Tensor], norm: torch.Tensor, limit: float) -> None:
     """Scale gradients in place so that their norm is at most `limit`. No host sync: the factor stays on the device."""
     factor = (limit / (norm + 1e-6)).clamp(max=1.0)
-    torch._foreach_mul_([g.to_local() if isinstance(g, DTensor) else g for g in gradients], factor)
+    torch._foreach_mul_([local(g) for g in gradients], factor)

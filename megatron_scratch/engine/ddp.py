@@ -2,8 +2,8 @@
 
 # No `from __future__ import annotations`: DDP reads the types of its hook and does not take strings.
 import inspect
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -11,9 +11,10 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from megatron_scratch.config.train import EngineConfig
-from megatron_scratch.engine.base import Parts
-from megatron_scratch.engine.clip import clip_, global_norm
+from megatron_scratch.config.engine import DDPConfig
+from megatron_scratch.engine.base import Parts, Shapes
+from megatron_scratch.engine.update import Update
+from megatron_scratch.parallel.layout import localize
 
 # torch 2.13 renamed the argument and warns of the old name; 2.11 knows only the old one.
 _DDP_ARGUMENTS = inspect.signature(DistributedDataParallel.__init__).parameters
@@ -29,10 +30,9 @@ def _sum_bucket(group: dist.ProcessGroup, bucket: dist.GradBucket) -> torch.futu
 class DDPEngine:
     """`torch.nn.parallel.DistributedDataParallel` over the dp axis; over one rank, nothing at all."""
 
-    def __init__(self, cfg: EngineConfig, parts: Parts) -> None:
+    def __init__(self, cfg: DDPConfig, parts: Parts) -> None:
+        layouts = localize(parts.core)  # DDP's buckets are made of plain tensors
         parts.fill()
-        self.topo, self.clip = parts.topo, parts.clip
-        self.named = dict(parts.core.named_parameters())
         self.wrapped: nn.Module = parts.model
         group = parts.topo.group("dp")
         if group is not None:
@@ -41,55 +41,27 @@ class DDPEngine:
             self.wrapped = DistributedDataParallel(parts.model, device_ids=ids, process_group=group, bucket_cap_mb=cfg.bucket_mb,
                                                    gradient_as_bucket_view=True, **{_SYNC_BUFFERS: False})  # fmt: skip
             self.wrapped.register_comm_hook(group, _sum_bucket)
-        self.optimizer = parts.make_optimizer(self.named)
+        self.update = Update(dict(parts.core.named_parameters()), layouts, parts)
 
     def forward(self, *args: Any) -> torch.Tensor:
         return self.wrapped(*args)
 
-    def microbatch(self, last: bool) -> AbstractContextManager[None]:
-        if last or not isinstance(self.wrapped, DistributedDataParallel):
-            return nullcontext()
-        return self.wrapped.no_sync()
+    @contextmanager
+    def microbatch(self, last: bool) -> Iterator[None]:
+        alone = last or not isinstance(self.wrapped, DistributedDataParallel)
+        with nullcontext() if alone else self.wrapped.no_sync():
+            yield
+        if last:
+            self.update.finish_gradients()
 
     def backward(self, loss: torch.Tensor) -> None:
         loss.backward()
 
     def step(self, lr: float) -> torch.Tensor:
-        gradients = [p.grad for p in self.named.values() if p.grad is not None]
-        norm = global_norm(gradients, self.topo)
-        if self.clip > 0:
-            clip_(gradients, norm, self.clip)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr * group["lr_scale"]
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return norm
+        return self.update.step(lr)
 
-    def state(self) -> dict[str, torch.Tensor]:
-        out: dict[str, torch.Tensor] = {}
-        for name, parameter in self.named.items():
-            out[f"model.{name}"] = parameter.detach()
-            for key, value in self.optimizer.state.get(parameter, {}).items():
-                out[f"optim.{name}.{key}"] = value
-        return out
+    def state(self) -> dict[str, Any]:
+        return self.update.state()
 
-    def allocate(self, shapes: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> None:
-        allocate_optimizer_state(self.named, self.optimizer, shapes)
-
-
-def allocate_optimizer_state(
-    named: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, shapes: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
-) -> None:
-    """Zeros for every `optim.NAME.KEY`: laid out as the parameter where the shapes agree, else a plain tensor (counters)."""
-    for full, (shape, dtype) in shapes.items():
-        name, _, key = full.removeprefix("optim.").rpartition(".")
-        if not full.startswith("optim.") or name not in named:
-            continue
-        parameter = named[name]
-        state: dict[str, Any] = optimizer.state[parameter]
-        if key not in state:
-            alike = tuple(parameter.shape) == shape
-            if alike:
-                state[key] = torch.zeros_like(parameter, dtype=dtype)
-            else:  # fused kernels want their step counters beside the parameter
-                state[key] = torch.zeros(shape, dtype=dtype, device=parameter.device)
+    def load(self, shapes: Shapes, fill: Callable[[dict[str, Any]], None]) -> None:
+        self.update.load(shapes, fill)

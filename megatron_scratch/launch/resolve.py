@@ -29,10 +29,10 @@ def local_gpus() -> int:
     return sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
 
 
-def resolve(cfg: Config, world: int) -> Config:
+def resolve(cfg: Config, world: int, nodes: int = 1) -> Config:
     """Check the config against itself, the world and the data; fill in the vocabulary. Returns the same object."""
     registry.load_plugins(cfg.plugins)
-    check(cfg, world)
+    check(cfg, world, nodes)
     data = open_data(cfg.data, cfg.train.seq_len, cfg.seed)
     if cfg.model.vocab_size is None:
         if data.vocab_size is None:

@@ -1,6 +1,9 @@
 """The model: embed tokens, pass them through the layers, normalise; logits on request.
 
-Legend: B batch, S new tokens, T tokens seen (cache included), D hidden, V padded vocabulary.
+Inside, the stream of activations is flat, (N, D), or this rank's tokens of it, (n, D), under sequence parallelism: only attention
+asks which token stands in which sequence.
+
+Legend: B batch, S new tokens, T tokens seen (cache included), N = B S, n = N / tp, D hidden, V padded vocabulary.
 """
 
 from __future__ import annotations
@@ -8,7 +11,6 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from megatron_scratch import registry
@@ -16,11 +18,14 @@ from megatron_scratch.config.model import ModelConfig
 from megatron_scratch.models.attend import AttendMask, make_mask
 from megatron_scratch.models.attention import Attention
 from megatron_scratch.models.cache import KVCache, LayerCache
+from megatron_scratch.models.dropout import dropout
 from megatron_scratch.models.gemm import linear
-from megatron_scratch.models.linear import Embedding, Linear, cast
-from megatron_scratch.models.objective import linear_cross_entropy_sum
+from megatron_scratch.models.linear import ColumnParallelLinear, VocabParallelEmbedding, cast, check_ids
+from megatron_scratch.models.objective import IGNORE, chunk_tokens, linear_cross_entropy_sum
 from megatron_scratch.models.positions import Rotation
+from megatron_scratch.parallel.collectives import all_gather
 from megatron_scratch.parallel.layout import local
+from megatron_scratch.parallel.tensor import enter, token_part
 from megatron_scratch.parallel.topology import Topology
 
 
@@ -29,24 +34,31 @@ class PreNormBlock(nn.Module):
 
     final_norm = True  # so the decoder normalises it once, at the end
 
-    def __init__(self, cfg: ModelConfig, topo: Topology):
+    def __init__(self, cfg: ModelConfig, topo: Topology, index: int):
         super().__init__()
         norm = registry.get("norm", cfg.norm)
-        self.dropout = cfg.dropout
+        self.topo, self.dropout, self.name = topo, cfg.dropout, f"layers.{index}"
         self.attention_norm = norm(cfg.hidden_size, cfg.norm_eps, cfg.bias, topo)
         self.attention = Attention(cfg, topo)
         self.mlp_norm = norm(cfg.hidden_size, cfg.norm_eps, cfg.bias, topo)
         self.mlp = registry.get("mlp", cfg.mlp)(cfg, topo)
 
     def forward(
-        self, x_BSD: torch.Tensor, rotation: Rotation | None, mask: AttendMask, cache: LayerCache | None = None
-    ) -> torch.Tensor:
-        """(B, S, D) -> (B, S, D)."""
-        x_BSD = x_BSD + self._drop(self.attention(self.attention_norm(x_BSD), rotation, mask, cache))
-        return x_BSD + self._drop(self.mlp(self.mlp_norm(x_BSD)))
+        self, x_ND: torch.Tensor, rotation: Rotation | None, mask: AttendMask, seed: torch.Tensor | None = None,
+        cache: LayerCache | None = None,
+    ) -> torch.Tensor:  # fmt: skip
+        """(n or N, D) -> the same. `seed` of the microbatch's dropout; None: no dropout."""
+        x_ND = x_ND + self._attend(self.attention_norm(x_ND), rotation, mask, seed, cache)
+        return x_ND + self._feed(self.mlp_norm(x_ND), seed)
 
-    def _drop(self, x_BSD: torch.Tensor) -> torch.Tensor:
-        return F.dropout(x_BSD, self.dropout, self.training)
+    def _attend(
+        self, x_ND: torch.Tensor, rotation: Rotation | None, mask: AttendMask, seed: torch.Tensor | None, cache: LayerCache | None
+    ) -> torch.Tensor:
+        y_ND = self.attention(x_ND, rotation, mask, seed, f"{self.name}.attention", cache)
+        return dropout(y_ND, self.dropout, seed, f"{self.name}.attention", self.topo)
+
+    def _feed(self, x_ND: torch.Tensor, seed: torch.Tensor | None) -> torch.Tensor:
+        return dropout(self.mlp(x_ND), self.dropout, seed, f"{self.name}.mlp", self.topo)
 
 
 class PostNormBlock(PreNormBlock):
@@ -55,11 +67,12 @@ class PostNormBlock(PreNormBlock):
     final_norm = False
 
     def forward(
-        self, x_BSD: torch.Tensor, rotation: Rotation | None, mask: AttendMask, cache: LayerCache | None = None
-    ) -> torch.Tensor:
-        """(B, S, D) -> (B, S, D)."""
-        x_BSD = self.attention_norm(x_BSD + self._drop(self.attention(x_BSD, rotation, mask, cache)))
-        return self.mlp_norm(x_BSD + self._drop(self.mlp(x_BSD)))
+        self, x_ND: torch.Tensor, rotation: Rotation | None, mask: AttendMask, seed: torch.Tensor | None = None,
+        cache: LayerCache | None = None,
+    ) -> torch.Tensor:  # fmt: skip
+        """(n or N, D) -> the same."""
+        x_ND = self.attention_norm(x_ND + self._attend(x_ND, rotation, mask, seed, cache))
+        return self.mlp_norm(x_ND + self._feed(x_ND, seed))
 
 
 class Decoder(nn.Module):
@@ -71,39 +84,38 @@ class Decoder(nn.Module):
 
     def __init__(self, cfg: ModelConfig, topo: Topology):
         super().__init__()
-        assert topo.size("tp") == 1, "the layers carry their tp layout already, their collectives come with tensor parallelism"
-        self.cfg = cfg
+        self.cfg, self.topo = cfg, topo
         self.compute_dtype = torch.float32
         block = registry.get("block", cfg.norm_place)
-        self.embed = Embedding(cfg.padded_vocab, cfg.hidden_size, topo, cfg.init_std)
+        self.embed = VocabParallelEmbedding(cfg.padded_vocab, cfg.hidden_size, topo, cfg.init_std)
         self.position = registry.get("position", cfg.position)(cfg, topo)
-        self.layers = nn.ModuleDict({str(i): block(cfg, topo) for i in range(cfg.num_layers)})
+        self.layers = nn.ModuleDict({str(i): block(cfg, topo, i) for i in range(cfg.num_layers)})
         norm = registry.get("norm", cfg.norm)
         self.norm = norm(cfg.hidden_size, cfg.norm_eps, cfg.bias, topo) if block.final_norm else nn.Identity()
-        self.head = None if cfg.tie_embeddings else Linear(cfg.hidden_size, cfg.padded_vocab, topo, cfg.init_std, cut="out")
+        head = None if cfg.tie_embeddings else ColumnParallelLinear(cfg.hidden_size, cfg.padded_vocab, topo, cfg.init_std)
+        self.head = head
 
     def forward(
-        self,
-        tokens_BS: torch.Tensor,
-        positions_BS: torch.Tensor | None = None,
-        documents_BS: torch.Tensor | None = None,
-        cache: KVCache | None = None,
-    ) -> torch.Tensor:
-        """The hidden state after the final norm.
+        self, tokens_BS: torch.Tensor, positions_BS: torch.Tensor | None = None, documents_BS: torch.Tensor | None = None,
+        seed: int | None = None, cache: KVCache | None = None,
+    ) -> torch.Tensor:  # fmt: skip
+        """The hidden state after the final norm, whole on every tp rank.
 
         Args:
             tokens_BS: int64, below vocab_size.
             positions_BS: of each token, (B or 1, S); default: counting on from what the cache holds.
             documents_BS: a number per token; a token sees only its own document. Not together with a cache.
-            cache: filled with the keys and values of these tokens.
+            seed: of this microbatch's dropout; None: no dropout.
+            cache: filled with the keys and values of these tokens. Not with tp > 1.
 
         Returns:
             (B, S, D) in `compute_dtype`.
 
         Raises:
-            UserError: positions beyond a learned table, or more tokens than the cache has room for.
+            UserError: an id outside the vocabulary, positions beyond a learned table, more tokens than the cache has room for.
         """
-        assert cache is None or documents_BS is None, "a cache holds one document per sequence"
+        assert cache is None or (documents_BS is None and self.topo.size("tp") == 1), "one document per sequence, on one rank"
+        check_ids(tokens_BS, self.cfg.vocab_size, "token id")
         seq, start = tokens_BS.shape[1], 0
         if cache is not None:
             cache.check(seq)
@@ -113,27 +125,40 @@ class Decoder(nn.Module):
             positions_BS = torch.arange(start, start + seq, device=tokens_BS.device).unsqueeze(0)
         mask = make_mask(seq, start + seq, self.cfg.sliding_window, documents_BS, tokens_BS.device)
         rotation = self.position.rotation(positions_BS, self.compute_dtype)
-        x_BSD = self.position.add(self.embed(tokens_BS), positions_BS).to(self.compute_dtype)
-        x_BSD = F.dropout(x_BSD, self.cfg.dropout, self.training)
+        key = None if seed is None else torch.tensor(seed)
+        x_ND = self._embed(tokens_BS, positions_BS, key)
         for index, layer in self.layers.items():
-            x_BSD = layer(x_BSD, rotation, mask, None if cache is None else cache.layers[index])
-        return self.norm(x_BSD)
+            x_ND = layer(x_ND, rotation, mask, key, None if cache is None else cache.layers[index])
+        return enter(self.norm(x_ND), self.topo).view(*tokens_BS.shape, -1)
+
+    def _embed(self, tokens_BS: torch.Tensor, positions_BS: torch.Tensor, seed: torch.Tensor | None) -> torch.Tensor:
+        """(B, S) -> (n or N, D)."""
+        positions_N = positions_BS.expand_as(tokens_BS).flatten()[token_part(tokens_BS.numel(), self.topo)]
+        x_ND = self.position.add(self.embed(tokens_BS.flatten()), positions_N).to(self.compute_dtype)
+        return dropout(x_ND, self.cfg.dropout, seed, "embed", self.topo)
 
     @property
     def head_weight(self) -> torch.Tensor:
-        """(V, D) fp32: the head's, or the embedding's where they are tied."""
+        """(V, D) master: the head's, or the embedding's where they are tied."""
         return self.embed.weight if self.head is None else self.head.weight
 
     def logits(self, hidden_BSD: torch.Tensor) -> torch.Tensor:
-        """(B, S, D) -> (B, S, V). Columns beyond vocab_size are -inf: nobody can sample a token that does not exist."""
+        """(B, S, D) -> (B, S, V), whole on every tp rank, without gradients over tp. Columns beyond vocab_size are -inf: nobody can
+        sample a token that does not exist."""
         logits_BSV = linear(hidden_BSD, cast(self.head_weight, hidden_BSD.dtype))
+        if self.topo.size("tp") > 1:
+            logits_BSV = all_gather(logits_BSV.detach(), self.topo, "tp").movedim(0, -2).flatten(-2)
         logits_BSV[..., self.cfg.vocab_size :] = -math.inf
         return logits_BSV
 
     def loss_sum(self, hidden_BSD: torch.Tensor, labels_BS: torch.Tensor, z_loss: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cross entropy summed over labels != -100, and their number, both on the device; see `objective`.
+        """Cross entropy summed over labels != -100, and their number: on the device, the same on every tp rank; see `objective`.
 
-        The head is cut to vocab_size rows (a view), so the padding costs nothing and gets a gradient of zero.
+        The head is cut to the true vocabulary (a view), so the padding costs nothing and gets a gradient of zero.
         """
-        weight_VD = local(self.head_weight)[: self.cfg.vocab_size]
-        return linear_cross_entropy_sum(hidden_BSD, weight_VD, labels_BS, z_loss)
+        check_ids(labels_BS, self.cfg.vocab_size, "label", IGNORE)
+        weight_VD = local(self.head_weight)
+        rows = weight_VD.shape[0]
+        first = self.topo.index("tp") * rows
+        weight_VD = weight_VD[: max(0, self.cfg.vocab_size - first)]
+        return linear_cross_entropy_sum(hidden_BSD, weight_VD, labels_BS, z_loss, chunk_tokens(rows), self.topo, first)

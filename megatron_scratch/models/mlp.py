@@ -2,7 +2,9 @@
 
 `gate` and `up` are separate parameters, so that each is a plain shard of one global tensor under any tp.
 
-Legend: B batch, S sequence, D hidden, F feed-forward width.
+Under tp each rank holds F/t of the features: one entrance, one exit, whatever the number of matrices.
+
+Legend: N tokens, n the part of them on this rank under sequence parallelism, D hidden, F feed-forward width.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from megatron_scratch.config.model import ModelConfig
-from megatron_scratch.models.linear import Linear
+from megatron_scratch.models.linear import ColumnParallelLinear, RowParallelLinear, column_parallel
 from megatron_scratch.parallel.topology import Topology
 
 
@@ -29,16 +31,17 @@ class Plain(nn.Module, ABC):
 
     def __init__(self, cfg: ModelConfig, topo: Topology):
         super().__init__()
-        self.up = Linear(cfg.hidden_size, cfg.ffn, topo, cfg.init_std, cfg.bias, cut="out")
-        self.down = Linear(cfg.ffn, cfg.hidden_size, topo, residual_std(cfg), cfg.bias, cut="in")
+        self.up = ColumnParallelLinear(cfg.hidden_size, cfg.ffn, topo, cfg.init_std, cfg.bias)
+        self.down = RowParallelLinear(cfg.ffn, cfg.hidden_size, topo, residual_std(cfg), cfg.bias)
 
     @abstractmethod
     def activation(self, x: torch.Tensor) -> torch.Tensor:
         """f, element by element."""
 
-    def forward(self, x_BSD: torch.Tensor) -> torch.Tensor:
-        """(B, S, D) -> (B, S, D)."""
-        return self.down(self.activation(self.up(x_BSD)))
+    def forward(self, x_ND: torch.Tensor) -> torch.Tensor:
+        """(n or N, D) -> the same."""
+        (up_NF,) = column_parallel(x_ND, self.up)
+        return self.down(self.activation(up_NF))
 
 
 class Gated(Plain):
@@ -46,11 +49,12 @@ class Gated(Plain):
 
     def __init__(self, cfg: ModelConfig, topo: Topology):
         super().__init__(cfg, topo)
-        self.gate = Linear(cfg.hidden_size, cfg.ffn, topo, cfg.init_std, cfg.bias, cut="out")
+        self.gate = ColumnParallelLinear(cfg.hidden_size, cfg.ffn, topo, cfg.init_std, cfg.bias)
 
-    def forward(self, x_BSD: torch.Tensor) -> torch.Tensor:
-        """(B, S, D) -> (B, S, D)."""
-        return self.down(self.activation(self.gate(x_BSD)) * self.up(x_BSD))
+    def forward(self, x_ND: torch.Tensor) -> torch.Tensor:
+        """(n or N, D) -> the same."""
+        gate_NF, up_NF = column_parallel(x_ND, self.gate, self.up)
+        return self.down(self.activation(gate_NF) * up_NF)
 
 
 class GELU(Plain):

@@ -46,10 +46,11 @@ class _RMSNormCPU(torch.autograd.Function):
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight (Zhang & Sennrich, arXiv 1910.07467). It has no bias."""
 
-    def __init__(self, size: int, eps: float, bias: bool, topo: Topology):
+    def __init__(self, size: int, eps: float, bias: bool, topo: Topology, of_heads: bool = False):
+        """`of_heads`: it normalises heads, of which each tp rank has some; else tokens, of which it has some or all."""
         super().__init__()
         self.eps = eps
-        self.weight = shard_param((size,), topo, init=ONES)
+        self.weight = shard_param((size,), topo, init=ONES, partial=of_heads or topo.sequence_parallel)
 
     def forward(self, x_D: torch.Tensor) -> torch.Tensor:
         """(..., D) -> (..., D)."""
@@ -64,8 +65,8 @@ class LayerNorm(nn.Module):
     def __init__(self, size: int, eps: float, bias: bool, topo: Topology):
         super().__init__()
         self.eps = eps
-        self.weight = shard_param((size,), topo, init=ONES)
-        self.bias = shard_param((size,), topo, init=ZEROS) if bias else None
+        self.weight = shard_param((size,), topo, init=ONES, partial=topo.sequence_parallel)
+        self.bias = shard_param((size,), topo, init=ZEROS, partial=topo.sequence_parallel) if bias else None
 
     def forward(self, x_D: torch.Tensor) -> torch.Tensor:
         """(..., D) -> (..., D)."""

@@ -1,9 +1,9 @@
 """Where a token stands: a vector added to its embedding (learned, sinusoidal), a rotation of queries and keys (rope), or nothing.
 
 Every entry has the same three methods, so that the decoder never asks which one it holds:
-`add(x_BSD, positions_BS)`, `rotation(positions_BS, dtype)` -> (cos, sin) or None, `check(last)`.
+`add(x_ND, positions_N)`, `rotation(positions_BS, dtype)` -> (cos, sin) or None, `check(last)`.
 
-Legend: B batch, S sequence, D hidden, K features of a head, P = K/2 pairs of them.
+Legend: B batch, S sequence, N flat tokens (all, or this rank's part), D hidden, K features of a head, P = K/2 pairs of them.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class NoPosition(nn.Module):
     def __init__(self, cfg: ModelConfig, topo: Topology):
         super().__init__()
 
-    def add(self, x_BSD: torch.Tensor, positions_BS: torch.Tensor) -> torch.Tensor:
-        return x_BSD
+    def add(self, x_ND: torch.Tensor, positions_N: torch.Tensor) -> torch.Tensor:
+        return x_ND
 
     def rotation(self, positions_BS: torch.Tensor, dtype: torch.dtype) -> Rotation | None:
         return None
@@ -45,10 +45,11 @@ class Learned(NoPosition):
     def __init__(self, cfg: ModelConfig, topo: Topology):
         super().__init__(cfg, topo)
         self.length = cfg.max_seq_len
-        self.weight = shard_param((cfg.max_seq_len, cfg.hidden_size), topo, init=normal(cfg.init_std))
+        shape = (cfg.max_seq_len, cfg.hidden_size)
+        self.weight = shard_param(shape, topo, init=normal(cfg.init_std), partial=topo.sequence_parallel)
 
-    def add(self, x_BSD: torch.Tensor, positions_BS: torch.Tensor) -> torch.Tensor:
-        return x_BSD + F.embedding(positions_BS, local(self.weight))
+    def add(self, x_ND: torch.Tensor, positions_N: torch.Tensor) -> torch.Tensor:
+        return x_ND + F.embedding(positions_N, local(self.weight))
 
     def check(self, last: int) -> None:
         if last >= self.length:
@@ -67,10 +68,10 @@ class Sinusoidal(NoPosition):
     def reset_buffers(self) -> None:
         self.frequencies.copy_(unscaled(RopeConfig(), self.size)[0])
 
-    def add(self, x_BSD: torch.Tensor, positions_BS: torch.Tensor) -> torch.Tensor:
-        angles = positions_BS.unsqueeze(-1).float() * self.frequencies
+    def add(self, x_ND: torch.Tensor, positions_N: torch.Tensor) -> torch.Tensor:
+        angles = positions_N.unsqueeze(-1).float() * self.frequencies
         wave = torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(-2)[..., : self.size]
-        return x_BSD + wave
+        return x_ND + wave
 
 
 class Rope(NoPosition):

@@ -1,8 +1,12 @@
-"""Collectives by axis name. Over an axis of size 1 each of them is the identity, so callers never ask."""
+"""Collectives by axis name. Over an axis of size 1 each of them is the identity, so callers never ask.
+
+None of these is differentiable: counts, norms, metrics, gradients that engines add up. Layers use those of `tensor.py`.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,13 +16,39 @@ from megatron_scratch.parallel.topology import Topology
 
 _OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
 
+# torch 2.13 renamed them and warns of the old names; 2.11 knows only the old ones. (output, input, group=, async_op=)
+all_gather_rows = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter_rows = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 def all_reduce(x: torch.Tensor, topo: Topology, axis: str, op: str = "sum") -> torch.Tensor:
-    """Reduce `x` in place over an axis, and return it. Not differentiable: for counts, norms and metrics."""
+    """Reduce `x` in place over an axis, and return it."""
     group = topo.group(axis)
     if group is not None:
         dist.all_reduce(x, op=_OPS[op], group=group)
     return x
+
+
+def all_gather(x: torch.Tensor, topo: Topology, axis: str) -> torch.Tensor:
+    """(...) -> (n, ...): what each rank of the axis has, in order."""
+    group = topo.group(axis)
+    if group is None:
+        return x.unsqueeze(0)
+    out = x.new_empty(topo.size(axis), *x.shape)
+    all_gather_rows(out.flatten(0, 1) if x.ndim else out, x.contiguous(), group=group)
+    return out
+
+
+@torch.no_grad()
+def sum_over(tensors: Sequence[torch.Tensor], topo: Topology, axis: str) -> None:
+    """Sum plain tensors of one dtype in place over an axis: one message for all of them."""
+    group = topo.group(axis)
+    if group is None or not tensors:
+        return
+    flat = torch.cat([t.flatten() for t in tensors])
+    dist.all_reduce(flat, group=group)
+    for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+        tensor.copy_(part.view_as(tensor))
 
 
 def all_reduce_world(x: torch.Tensor, topo: Topology, op: str = "sum") -> torch.Tensor:

@@ -68,10 +68,11 @@ def _batch(cfg: Config, rng: np.random.Generator) -> Batch:
 
 def _step(cfg: Config, engine: Any, batches: list[Batch], clock: Clock) -> None:
     tokens = cfg.train.global_batch_size * cfg.train.seq_len
+    seed = cfg.seed if cfg.model.dropout > 0 else None
     for i, batch in enumerate(batches):
         with engine.microbatch(last=i == len(batches) - 1):
             with clock.phase("forward"):
-                loss = engine.forward(*to_device(batch, clock.device)) / tokens
+                loss = engine.forward(*to_device(batch, clock.device), seed) / tokens
             with clock.phase("backward"):
                 engine.backward(loss)
     with clock.phase("optimizer"):

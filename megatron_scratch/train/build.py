@@ -17,6 +17,7 @@ from torch import nn
 
 from megatron_scratch import registry
 from megatron_scratch.config import Config
+from megatron_scratch.config.engine import replicas
 from megatron_scratch.config.train import PrecisionConfig
 from megatron_scratch.data.loader import Batch, DataSource, Loader
 from megatron_scratch.engine import Engine, Parts
@@ -24,6 +25,7 @@ from megatron_scratch.models.decoder import Decoder
 from megatron_scratch.optim.groups import param_groups
 from megatron_scratch.optim.schedules import lr_at
 from megatron_scratch.parallel import Topology, materialize
+from megatron_scratch.parallel.layout import layouts
 from megatron_scratch.train.objective import LanguageModel
 from megatron_scratch.util.env import Rank, master, restart_count
 from megatron_scratch.util.memory import keep_freed_memory
@@ -38,6 +40,10 @@ def fp32(cfg: PrecisionConfig) -> torch.dtype:
 
 def bf16(cfg: PrecisionConfig) -> torch.dtype:
     return torch.bfloat16
+
+
+def fp64(cfg: PrecisionConfig) -> torch.dtype:
+    return torch.float64
 
 
 @contextmanager
@@ -55,11 +61,18 @@ def process_group(cfg: Config, rank: Rank, store_file: Path | None) -> Iterator[
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=_store(rank, store_file), rank=rank.rank, world_size=rank.world, timeout=TIMEOUT)
     try:
-        p = cfg.parallel
-        yield Topology.build({"pp": p.pp, "cp": p.cp, "tp": p.tp}, rank.rank, rank.world, device)
+        yield topology(cfg, rank, device)
     finally:
         if rank.world > 1:
             dist.destroy_process_group()
+
+
+def topology(cfg: Config, rank: Rank, device: torch.device) -> Topology:
+    """The mesh of a config's layout; the process group exists."""
+    p = cfg.parallel
+    copies = replicas(cfg.engine, rank.world // (p.tp * p.pp * p.cp), rank.nodes)
+    degrees = {"pp": p.pp, "cp": p.cp, "tp": p.tp, "replicate": copies}
+    return Topology.build(degrees, rank.rank, rank.world, device, p.sequence_parallel is not False, p.overlap)
 
 
 def _store(rank: Rank, store_file: Path | None) -> dist.Store:
@@ -73,10 +86,23 @@ def _store(rank: Rank, store_file: Path | None) -> dist.Store:
     return dist.PrefixStore(f"megatron_scratch/{restart_count() or 0}", store)
 
 
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """New floating-point tensors are of `dtype` inside."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 def build_model(cfg: Config, topo: Topology) -> LanguageModel:
     """The model on the meta device, with its compute precision; nothing has memory yet."""
-    decoder = Decoder(cfg.model, topo)
-    decoder.compute_dtype = registry.build("precision", cfg.precision)
+    dtype = registry.build("precision", cfg.precision)
+    with default_dtype(torch.promote_types(dtype, torch.float32)):  # of the masters
+        decoder = Decoder(cfg.model, topo)
+    decoder.compute_dtype = dtype
     return LanguageModel(decoder, cfg.train.z_loss)
 
 
@@ -93,8 +119,9 @@ def build_engine(cfg: Config, topo: Topology) -> tuple[LanguageModel, Engine]:
     def make_optimizer(named: dict[str, nn.Parameter]) -> torch.optim.Optimizer:
         return registry.build("optim", cfg.optim, groups=param_groups(named.items(), cfg.optim))
 
-    fill = partial(materialize, model.decoder, cfg.seed, topo.device)
-    parts = Parts(model, model.decoder, fill, make_optimizer, topo, cfg.optim.clip_grad_norm)
+    fill = partial(materialize, model.decoder, cfg.seed, topo.device, layouts(model.decoder))
+    parts = Parts(model, model.decoder, fill, make_optimizer, topo, cfg.optim.clip_grad_norm,
+                  model.decoder.compute_dtype)  # fmt: skip
     return model, registry.build("engine", cfg.engine, parts=parts)
 
 

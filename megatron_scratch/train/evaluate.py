@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 
@@ -37,11 +37,13 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(
-    model: LanguageModel, batches: Iterator[Batch], topo: Topology, bytes_per_id: np.ndarray | None, limit: int | None
-) -> Evaluation:
+    model: LanguageModel, forward: Callable[..., torch.Tensor], batches: Iterator[Batch], topo: Topology,
+    bytes_per_id: np.ndarray | None, limit: int | None,
+) -> Evaluation:  # fmt: skip
     """Evaluate on this rank's `batches` (at most `limit` of them), summed over ranks; collective.
 
     Args:
+        forward: the model's forward through its engine, which may have to gather parameters first.
         bytes_per_id: UTF-8 bytes that each token id stands for, shape (V,).
     """
     was_training = model.training
@@ -50,7 +52,10 @@ def evaluate(
     for batch in islice(batches, limit):
         tokens, labels, positions, documents = to_device(batch, topo.device)
         valid = batch.labels_BS[batch.labels_BS >= 0]
-        totals[0] += model.loss_sum(tokens, labels, positions, documents, z_loss=0.0).double().cpu()
+        loss = forward(tokens, labels, positions, documents)
+        if not topo.counts_tokens:
+            continue
+        totals[0] += loss.double().cpu()
         totals[1] += valid.size
         totals[2] += 0 if bytes_per_id is None else int(bytes_per_id[valid].sum())
     model.train(was_training)

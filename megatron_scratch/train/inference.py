@@ -71,7 +71,7 @@ def evaluate_run(args: EvalArgs) -> str:
     cfg.train.micro_batch_size = args.micro_batch_size
     batches = build.validation(cfg, data, SINGLE)
     device = next(trained.model.parameters()).device
-    result = evaluate(trained.model, batches, replace(SINGLE, device=device),
+    result = evaluate(trained.model, trained.model, batches, replace(SINGLE, device=device),
                       data.tokenizer.bytes_per_id if data.tokenizer else None, args.batches)  # fmt: skip
     bits = "" if result.bits_per_byte is None else f"  bits per byte {result.bits_per_byte:.4f}"
     return (f"{trained.folder}: loss {result.loss:.4f} nats/token  perplexity {result.perplexity:.2f}{bits}  "

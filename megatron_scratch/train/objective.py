@@ -9,7 +9,7 @@ from megatron_scratch.models.decoder import Decoder
 
 
 class LanguageModel(nn.Module):
-    """A decoder and its objective under one forward, so that what wraps a module (DDP, FSDP) sees the whole of it.
+    """A decoder and its objective under one forward, so that what wraps a module (DDP, FSDP, DeepSpeed) sees the whole of it.
 
     Parameter names are the decoder's own: the engine and the checkpoints never see this wrapper's prefix.
     """
@@ -20,14 +20,11 @@ class LanguageModel(nn.Module):
 
     def forward(
         self, tokens_BS: torch.Tensor, labels_BS: torch.Tensor, positions_BS: torch.Tensor | None = None,
-        documents_BS: torch.Tensor | None = None,
+        documents_BS: torch.Tensor | None = None, seed: int | None = None,
     ) -> torch.Tensor:  # fmt: skip
-        """Sum of the loss over labels that are not ignored, a scalar in fp32 nats."""
-        return self.loss_sum(tokens_BS, labels_BS, positions_BS, documents_BS, self.z_loss)
+        """Sum of the loss over labels that are not ignored, a scalar in fp32 nats; in eval mode the cross entropy alone.
 
-    def loss_sum(
-        self, tokens_BS: torch.Tensor, labels_BS: torch.Tensor, positions_BS: torch.Tensor | None,
-        documents_BS: torch.Tensor | None, z_loss: float,
-    ) -> torch.Tensor:  # fmt: skip
-        hidden_BSD = self.decoder(tokens_BS, positions_BS, documents_BS)
-        return self.decoder.loss_sum(hidden_BSD, labels_BS, z_loss)[0]
+        `seed` of this microbatch's dropout; None: no dropout.
+        """
+        hidden_BSD = self.decoder(tokens_BS, positions_BS, documents_BS, seed if self.training else None)
+        return self.decoder.loss_sum(hidden_BSD, labels_BS, self.z_loss if self.training else 0.0)[0]

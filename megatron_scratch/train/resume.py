@@ -29,8 +29,7 @@ def resume(cfg: Config, run_dir: RunDir, engine: Engine, plan: BatchPlan, facts:
         return 0
     manifest = read_manifest(folder)
     refuse_other_run(folder, manifest, facts)
-    engine.allocate(store.shapes(manifest))
-    store.load(folder, manifest, engine.state(), topo)
+    engine.load(store.shapes(manifest), lambda state: store.load(folder, manifest, state, topo))
     step = int(manifest["step"])
     plan.rebase(step, int(manifest["samples"]))
     if topo.is_main:

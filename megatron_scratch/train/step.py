@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -13,6 +12,7 @@ from megatron_scratch.engine import Engine
 from megatron_scratch.parallel.collectives import all_reduce_world
 from megatron_scratch.parallel.topology import Topology
 from megatron_scratch.train.batches import BatchPlan
+from megatron_scratch.util.seeds import seed_from
 
 
 @dataclass
@@ -34,12 +34,6 @@ def to_device(batch: Batch, device: torch.device) -> tuple[torch.Tensor, torch.T
     return tokens, labels, positions, documents
 
 
-def dropout_seed(seed: int, first_sample: int) -> int:
-    """Seed of a microbatch's dropout: a function of the samples in it, so there is no generator state to save or to lose."""
-    digest = hashlib.blake2b(f"dropout/{seed}/{first_sample}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") & (2**63 - 1)
-
-
 class TrainStep:
     """Callable: step number -> StepResult. Loss = sum over predicted tokens / their number in the whole global batch."""
 
@@ -51,19 +45,25 @@ class TrainStep:
         self.lr_at, self.dropout_base, self.stop = lr_at, dropout_base, stop
 
     def __call__(self, step: int) -> StepResult:
+        loss, samples, stop = self.gradients(step)
+        lr = self.lr_at(step)
+        return StepResult(loss, self.engine.step(lr), lr, samples, stop)
+
+    def gradients(self, step: int) -> tuple[torch.Tensor, int, bool]:
+        """The first half of a step: forward and backward of all its microbatches. (loss, samples, whether to stop)."""
         first, samples = self.plan.at(step)
         batches = list(self.loader.microbatches(first, samples))
-        valid = sum(int((b.labels_BS >= 0).sum()) for b in batches)
+        valid = sum(int((b.labels_BS >= 0).sum()) for b in batches) if self.topo.counts_tokens else 0
         # One small host-side message a step: the global count of predicted tokens, and whether any rank was told to stop.
         shared = all_reduce_world(torch.tensor([valid, int(self.stop())], dtype=torch.int64), self.topo)
-        total = max(1, int(shared[0]))  # counted over every rank; tp and pp ranks will share one loader's count
+        total = max(1, int(shared[0]))
         loss = torch.zeros((), device=self.topo.device)
         for i, batch in enumerate(batches):
-            if self.dropout_base is not None:
-                torch.manual_seed(dropout_seed(self.dropout_base, batch.first_sample))
+            # A function of the samples in the microbatch: there is no generator state to save or to lose.
+            seed = None if self.dropout_base is None else seed_from("dropout", self.dropout_base, batch.first_sample)
             with self.engine.microbatch(last=i == len(batches) - 1):
-                part = self.engine.forward(*to_device(batch, self.topo.device)) / total
+                part = self.engine.forward(*to_device(batch, self.topo.device), seed) / total
                 self.engine.backward(part)
-            loss += part.detach()
-        lr = self.lr_at(step)
-        return StepResult(loss, self.engine.step(lr), lr, samples, bool(shared[1]))
+            if self.topo.counts_tokens:  # tp ranks have the same loss
+                loss = loss + part.detach()
+        return loss, samples, bool(shared[1])

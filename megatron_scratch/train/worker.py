@@ -73,7 +73,7 @@ def _train(cfg: Config, topo: Topology, run_dir: RunDir, view: View, stop: StopF
         sizes = data.tokenizer.bytes_per_id if data.tokenizer else None
 
         def measure() -> Evaluation:
-            return evaluate(model, build.validation(cfg, data, topo), topo, sizes, _eval_limit(cfg, topo))
+            return evaluate(model, engine.forward, build.validation(cfg, data, topo), topo, sizes, _eval_limit(cfg, topo))
 
         hooks.append(Evaluate(cfg.train.eval_every, topo, run_dir, view, rates, measure))
     hooks.append(

@@ -15,6 +15,7 @@ class Rank:
     world: int = 1
     local_rank: int = 0
     launched: bool = False  # True when torchrun, srun or our local launcher started this process
+    nodes: int = 1
 
 
 def read_rank(env: Mapping[str, str] | None = None) -> Rank:
@@ -25,11 +26,13 @@ def read_rank(env: Mapping[str, str] | None = None) -> Rank:
     """
     env = os.environ if env is None else env
     if "RANK" in env and "WORLD_SIZE" in env:
-        return Rank(int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0)), True)
+        world = int(env["WORLD_SIZE"])
+        return Rank(int(env["RANK"]), world, int(env.get("LOCAL_RANK", 0)), True, world // int(env.get("LOCAL_WORLD_SIZE", world)))
     in_step = "SLURM_STEP_ID" in env and int(env.get("SLURM_STEP_NUM_TASKS", env.get("SLURM_NTASKS", "1"))) > 1
     if in_step:
         tasks = int(env.get("SLURM_STEP_NUM_TASKS", env.get("SLURM_NTASKS", "1")))
-        return Rank(int(env["SLURM_PROCID"]), tasks, int(env.get("SLURM_LOCALID", 0)), True)
+        nodes = int(env.get("SLURM_STEP_NUM_NODES", env.get("SLURM_NNODES", "1")))
+        return Rank(int(env["SLURM_PROCID"]), tasks, int(env.get("SLURM_LOCALID", 0)), True, nodes)
     return Rank()
 
 

@@ -9,7 +9,7 @@ import torch
 from ranks import run_ranks
 from torch import nn
 
-from megatron_scratch.config.train import EngineConfig
+from megatron_scratch.config.engine import DDPConfig
 from megatron_scratch.engine import Parts
 from megatron_scratch.engine.ddp import DDPEngine
 from megatron_scratch.parallel import SINGLE, Topology, materialize, shard_param
@@ -43,7 +43,7 @@ def _optimizer(named: dict[str, nn.Parameter]) -> torch.optim.Optimizer:
 def build(topo: Topology, clip: float) -> DDPEngine:
     model = Wrapper()
     fill = partial(materialize, model.core, 5, topo.device)
-    return DDPEngine(EngineConfig(), Parts(model, model.core, fill, _optimizer, topo, clip))
+    return DDPEngine(DDPConfig(), Parts(model, model.core, fill, _optimizer, topo, clip))
 
 
 def _train(topo: Topology, micro: int, clip: float) -> tuple[list[float], dict[str, list[float]]]:

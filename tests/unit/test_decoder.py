@@ -11,6 +11,7 @@ from megatron_scratch.config.model import ModelConfig
 from megatron_scratch.models import Decoder, KVCache, count_parameters, cross_entropy_sum, flops_per_token
 from megatron_scratch.parallel import SINGLE, materialize
 from megatron_scratch.parallel.layout import init_rows, normal
+from megatron_scratch.train.objective import LanguageModel
 from megatron_scratch.util.errors import UserError
 
 CPU = torch.device("cpu")
@@ -131,9 +132,11 @@ def test_names_are_the_contract() -> None:
 
 def test_dropout_acts_in_training_only() -> None:
     decoder, ids = model(dropout=0.2), tokens()
-    assert torch.equal(decoder(ids), decoder(ids))
-    decoder.train()
-    assert not torch.equal(decoder(ids), decoder(ids))
+    assert torch.equal(decoder(ids), decoder(ids)), "no seed, no dropout"
+    assert torch.equal(decoder(ids, seed=1), decoder(ids, seed=1)) and not torch.equal(decoder(ids, seed=1), decoder(ids, seed=2))
+    whole = LanguageModel(decoder, 0.0)
+    losses = {mode: [whole.train(mode)(ids, ids, seed=seed).item() for seed in (1, 2)] for mode in (True, False)}
+    assert losses[True][0] != losses[True][1] and losses[False][0] == losses[False][1]
 
 
 def test_generation_beyond_a_learned_table_is_refused() -> None:

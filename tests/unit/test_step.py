@@ -44,10 +44,10 @@ def test_loss_is_the_mean_over_predicted_tokens(extra: list[str], corpus: Path, 
 def test_evaluation_is_the_mean_over_the_whole_set(corpus: Path, tmp_path: Path) -> None:
     cfg = config(corpus, tmp_path)
     data = open_data(cfg.data, cfg.train.seq_len, cfg.seed)
-    model, _ = build.build_engine(cfg, SINGLE)
+    model, engine = build.build_engine(cfg, SINGLE)
     assert data.valid is not None and data.tokenizer is not None
     cfg.train.micro_batch_size = 7  # does not divide the number of windows
-    found = evaluate(model, build.validation(cfg, data, SINGLE), SINGLE, data.tokenizer.bytes_per_id, None)
+    found = evaluate(model, engine.forward, build.validation(cfg, data, SINGLE), SINGLE, data.tokenizer.bytes_per_id, None)
     total, count, length = 0.0, 0, 0
     with torch.no_grad():
         for i in range(len(data.valid)):

@@ -1,0 +1,67 @@
+"""Fully sharded data parallel (PyTorch FSDP2): each rank keeps 1/n of every parameter, gradient and optimizer state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+from megatron_scratch.config.engine import FSDPConfig
+from megatron_scratch.engine.base import Parts, Shapes
+from megatron_scratch.engine.update import Update
+from megatron_scratch.parallel.layout import layouts
+from megatron_scratch.parallel.topology import HYBRID
+
+
+class FSDPEngine:
+    """`fully_shard` over dp, a unit per layer and one for what is outside of them; over one rank, nothing at all.
+
+    Weights are gathered in the compute dtype, gradients are reduced in the master's. With engine=hsdp the mesh is
+    (replicate, shard): gradients are scattered inside a group and all-reduced over the groups.
+    """
+
+    def __init__(self, cfg: FSDPConfig, parts: Parts) -> None:
+        topo, table = parts.topo, layouts(parts.core)
+        self.model = parts.model
+        if topo.size("dp") > 1:
+            assert topo.mesh is not None
+            mesh = topo.mesh[HYBRID] if topo.size("replicate") > 1 else topo.mesh["dp"]
+            master = next(parts.core.parameters()).dtype
+            policy = MixedPrecisionPolicy(param_dtype=parts.compute_dtype, reduce_dtype=master, cast_forward_inputs=False)
+            for unit in (*parts.core.layers.values(), parts.model):
+                # The outermost unit holds the embedding and the head: used first and last, it is never worth a second gather.
+                reshard = cfg.reshard_after_forward and unit is not parts.model
+                fully_shard(unit, mesh=mesh, reshard_after_forward=reshard, mp_policy=policy)
+            for module in parts.model.modules():
+                if isinstance(module, FSDPModule):  # gradients only add, see `Engine.backward`
+                    module.set_gradient_divide_factor(1.0)
+                    module.set_force_sum_reduction_for_comms(True)
+        parts.fill()
+        self.update = Update(dict(parts.core.named_parameters()), table, parts)
+
+    def forward(self, *args: Any) -> torch.Tensor:
+        return self.model(*args)
+
+    @contextmanager
+    def microbatch(self, last: bool) -> Iterator[None]:
+        if isinstance(self.model, FSDPModule):
+            self.model.set_requires_gradient_sync(last)
+            self.model.set_is_last_backward(last)
+        yield
+        if last:
+            self.update.finish_gradients()
+
+    def backward(self, loss: torch.Tensor) -> None:
+        loss.backward()
+
+    def step(self, lr: float) -> torch.Tensor:
+        return self.update.step(lr)
+
+    def state(self) -> dict[str, Any]:
+        return self.update.state()
+
+    def load(self, shapes: Shapes, fill: Callable[[dict[str, Any]], None]) -> None:
+        self.update.load(shapes, fill)
