@@ -1,6 +1,6 @@
 """Every part that ships with the package, on one screen: kind, name, where it lives. Listing them imports none of them."""
 
-from megatron_scratch.config.engine import DDPConfig, FSDPConfig, HSDPConfig
+from megatron_scratch.config.engine import DDPConfig, FSDPConfig, HSDPConfig, Zero1Config, Zero2Config, Zero3Config
 from megatron_scratch.config.optim import (
     AdamWConfig,
     DecayConfig,
@@ -36,8 +36,9 @@ _PARTS = {
                           "byte": "corpus.train_tokenizer:byte"},
 }  # fmt: skip
 
-_ENGINES = {"ddp": ("ddp:DDPEngine", DDPConfig), "fsdp": ("fsdp:FSDPEngine", FSDPConfig),
-            "hsdp": ("fsdp:FSDPEngine", HSDPConfig)}  # fmt: skip
+_ENGINES = {"ddp": ("ddp:DDPEngine", DDPConfig), "fsdp": ("fsdp:FSDPEngine", FSDPConfig), "hsdp": ("fsdp:FSDPEngine", HSDPConfig),
+            "zero1": ("zero:ZeroEngine", Zero1Config), "zero2": ("zero:ZeroEngine", Zero2Config),
+            "zero3": ("zero:ZeroEngine", Zero3Config)}  # fmt: skip
 _OPTIMIZERS = {"adamw": AdamWConfig, "sgd": SGDConfig, "lion": LionConfig, "muon": MuonConfig}
 _SCHEDULES = {"constant": ScheduleConfig, "linear": DecayConfig, "cosine": DecayConfig,
               "inverse_sqrt": FloorConfig, "wsd": WSDConfig}  # fmt: skip

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from megatron_scratch import __version__
 from megatron_scratch.util.errors import UserError, nearest
-from megatron_scratch.util.exits import OK, exit_code
+from megatron_scratch.util.exits import FAILED, OK, exit_code
 
 if TYPE_CHECKING:
     from megatron_scratch.config import Config
@@ -20,12 +20,13 @@ USAGE = """megatron-scratch VERB [key=value ...]
   train          pretrain, or go on where it stopped   data.dir=DIR [any config key]
   eval           loss, perplexity, bits per byte       RUN [data=DIR]
   generate       text from a trained model             RUN [prompt=TEXT] [max_new_tokens=N] [temperature=T]
+  parity         the same numbers under this layout?   [any config key]
   bench          tokens/s and MFU of a training step   [any config key]
 
-  train, bench and data prepare take --print (show the config and stop) and --config-dir DIR (your own YAML groups).
+  train, parity, bench and data prepare take --print (show the config and stop) and --config-dir DIR (your own YAML groups).
   `python -m megatron_scratch` is the same. Exit codes: 0 finished, 2 bad input, 75 stopped with a checkpoint, 1 failed."""
 
-LATER = ("parity", "plan", "ckpt", "report", "doctor")
+LATER = ("plan", "ckpt", "report", "doctor")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -168,7 +169,25 @@ def _bench(words: list[str]) -> int:
     return OK
 
 
+def _parity(words: list[str]) -> int:
+    cfg = _composed(words)
+    if cfg is None:
+        return OK
+    from megatron_scratch import registry
+    from megatron_scratch.config.shrink import shrink, small_world, vet
+
+    registry.load_plugins(cfg.plugins)
+    world = small_world(cfg)
+    vet(cfg, world)
+    small = shrink(cfg, world)
+    from megatron_scratch.train.parity import parity
+
+    text, equal = parity(small, world, cfg.parity.steps)
+    print(text)
+    return OK if equal else FAILED
+
+
 VERBS: dict[str, Callable[[list[str]], int]] = {
     "data prepare": _data_prepare, "data inspect": _data_inspect, "train": _train, "eval": _eval, "generate": _generate,
-    "bench": _bench,
+    "parity": _parity, "bench": _bench,
 }  # fmt: skip

@@ -40,19 +40,32 @@ class HSDPConfig(FSDPConfig):
 
 @dataclass
 class ZeroConfig(EngineConfig):
-    """DeepSpeed's ZeRO (arXiv 1910.02054). 1: optimizer state is cut over the data-parallel ranks; 2: gradients too."""
+    """What DeepSpeed's ZeRO (Rajbhandari et al., arXiv 1910.02054) takes in every stage."""
 
-    name: str = "zero1"
     bucket_mb: int = 25  # gradients are reduced in pieces of this size
     offload_optimizer: bool = False  # optimizer state and master weights live, and are updated, in host memory
 
 
 @dataclass
+class Zero1Config(ZeroConfig):
+    """Optimizer state cut over the data-parallel ranks."""
+
+    name: str = "zero1"
+
+
+@dataclass
+class Zero2Config(ZeroConfig):
+    """Gradients too."""
+
+    name: str = "zero2"
+
+
+@dataclass
 class Zero3Config(ZeroConfig):
-    """ZeRO stage 3: parameters are cut as well, and gathered where they are used."""
+    """Parameters too: gathered where they are used."""
 
     name: str = "zero3"
-    offload_param: bool = False  # this rank's part of the parameters lives in host memory
+    offload_param: bool = False  # this rank's part of the weights lives in host memory
 
 
 def replicas(e: Any, dp: int, nodes: int) -> int:
@@ -73,7 +86,19 @@ def replicas(e: Any, dp: int, nodes: int) -> int:
     return copies
 
 
-def check_engine(e: Any) -> None:
-    """Refuse settings that no engine can work with."""
+def check_engine(e: Any, precision: str, optim: Any, tp: int, compiled: bool) -> None:
+    """Refuse what an engine cannot do."""
     if getattr(e, "bucket_mb", 1) < 1:
         raise UserError(f"engine.bucket_mb={e.bucket_mb} must be at least 1")
+    if isinstance(e, ZeroConfig) and precision == "fp64":
+        raise UserError(f"precision=fp64 with engine={e.name}: DeepSpeed's master weights are fp32; use engine=ddp, fsdp or hsdp")
+    if isinstance(e, Zero3Config) and compiled:
+        raise UserError("train.compile=true with engine=zero3: compiled code cannot gather weights where they are used; "
+                        "use engine=fsdp, or leave train.compile out")  # fmt: skip
+    kernel = getattr(optim, "kernel", "torch")
+    if getattr(e, "offload_optimizer", False) and kernel != "torch":
+        raise UserError(f"optim.kernel={kernel} with engine.offload_optimizer=true: apex updates on the GPU, and the "
+                        "state is in host memory; use optim.kernel=torch")  # fmt: skip
+    if optim.name == "muon" and (tp > 1 or e.name != "ddp"):
+        raise UserError(f"optim=muon needs whole matrices, which engine={e.name} with parallel.tp={tp} cuts; use engine=ddp and "
+                        "parallel.tp=1, or optim=adamw")  # fmt: skip

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Optional
 
 from megatron_scratch import registry
+from megatron_scratch.config.optim import use_apex
 from megatron_scratch.util.errors import UserError, choice
 
 VOCAB_MULTIPLE = 128  # vocabularies are padded to this, whatever the layout: a checkpoint's shapes never depend on tp
@@ -42,6 +43,7 @@ class ModelConfig:
     rope: RopeConfig = field(default_factory=RopeConfig)
     norm: str = "rmsnorm"
     norm_eps: float = 1e-5
+    norm_kernel: str = "torch"  # torch | apex | auto: apex where it is installed and there is a GPU, else torch
     norm_place: str = "pre"  # pre: x + f(norm(x)); post: norm(x + f(x)), the original Transformer
     mlp: str = "swiglu"
     bias: bool = False  # on linears and LayerNorm
@@ -85,6 +87,7 @@ def check_model(m: ModelConfig) -> None:
         choice(f"model.{key}", getattr(m, key), registry.names(kind))
     choice("model.rope.scaling", m.rope.scaling, registry.names("rope_scaling"))
     choice("model.norm_place", m.norm_place, ("pre", "post"))
+    use_apex("model.norm_kernel", m.norm_kernel)
     if m.head_dim is None and m.hidden_size % m.num_heads:
         raise UserError(f"model.hidden_size={m.hidden_size} is not divisible by model.num_heads={m.num_heads}; "
                         f"change one, or give model.head_dim")  # fmt: skip

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, Optional
 
 from megatron_scratch.util.errors import UserError, choice
@@ -18,7 +20,7 @@ class ParamGroup:
 
 
 def default_groups() -> list[ParamGroup]:
-    return [ParamGroup(pattern=r"norm|bias$|embed", weight_decay=0.0)]
+    return [ParamGroup(pattern=r"norm|bias$|embed|position", weight_decay=0.0)]
 
 
 @dataclass
@@ -38,6 +40,7 @@ class AdamWConfig(OptimConfig):
 
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
+    kernel: str = "torch"  # torch | apex (FusedAdam) | auto: apex where it is installed and there is a GPU, else torch
 
 
 @dataclass
@@ -111,6 +114,54 @@ def schedule_steps(s: ScheduleConfig, train_steps: int) -> int:
     return getattr(s, "steps", None) or train_steps
 
 
+APEX_EXTENSIONS = {"optim.kernel": "amp_C", "model.norm_kernel": "fused_layer_norm_cuda"}  # compiled; apex imports them late
+
+
+def use_apex(key: str, kernel: str, device: str = "cuda", dtype: str = "") -> bool:
+    """Whether to use NVIDIA's apex: the one place that decides, for all its kernels. Without importing apex, or torch with it.
+
+    Args:
+        key: the setting, one of `APEX_EXTENSIONS`; `kernel` is its value.
+        device: type of the device that computes.
+        dtype: of the master weights, as torch spells it.
+
+    Raises:
+        UserError: apex is asked for and cannot be used. Only `auto` does without it silently.
+    """
+    choice(key, kernel, ("torch", "apex", "auto"))
+    if kernel == "torch":
+        return False
+    problem = _apex_problem(APEX_EXTENSIONS[key])
+    if not problem and device != "cuda":
+        problem = f"apex computes on CUDA devices only, and this process has {device}"
+    if not problem and dtype == "torch.float64":
+        problem = "apex has no kernels for precision=fp64"
+    if problem and kernel == "apex":
+        raise UserError(f"{key}=apex: {problem}; or use {key}=torch, or {key}=auto, which takes apex where it can")
+    return not problem
+
+
+def _apex_problem(extension: str) -> str:
+    """What is wrong with the installed apex and where to get the right one, or nothing."""
+    spec = find_spec("apex")
+    folders = [Path(folder) for folder in (spec and spec.submodule_search_locations) or ()]
+    if spec is None:
+        problem = "apex is not installed"
+    elif not any((folder / "optimizers").is_dir() and (folder / "normalization").is_dir() for folder in folders):
+        problem = "the installed apex is not NVIDIA's: it has no apex.optimizers and apex.normalization"
+    elif find_spec(extension) is None and not any(_libraries(folder, extension) for folder in folders):
+        problem = f"the installed apex was built without its CUDA extensions ({extension} is missing)"
+    else:
+        return ""
+    return (f"{problem}; take NVIDIA's (PyPI's apex is another package) from NGC's PyTorch image, or build the sources at "
+            "github.com/NVIDIA/apex with --cpp_ext --cuda_ext")  # fmt: skip
+
+
+def _libraries(apex: Path, extension: str) -> list[Path]:
+    """The files of a compiled extension, where a recent apex looks for them (apex/_custom_ops.py); before, it was a module."""
+    return [found for place in (apex / "_extensions", apex, apex.parent) for found in place.glob(f"_{extension}*.so")]
+
+
 def check_optim(o: Any) -> None:
     if o.lr <= 0:
         raise UserError(f"optim.lr={o.lr} must be above 0")
@@ -118,6 +169,8 @@ def check_optim(o: Any) -> None:
         raise UserError(f"optim.weight_decay={o.weight_decay} and optim.clip_grad_norm={o.clip_grad_norm} must not be negative")
     if hasattr(o, "betas") and not all(0 <= b < 1 for b in o.betas):
         raise UserError(f"optim.betas={list(o.betas)} must both be in [0, 1)")
+    if isinstance(o, AdamWConfig):
+        use_apex("optim.kernel", o.kernel)
 
 
 def check_schedule(s: Any, steps: int) -> None:

@@ -16,6 +16,7 @@ from megatron_scratch.config.train import (
     LauncherConfig,
     LoggingConfig,
     ParallelConfig,
+    ParityConfig,
     PrecisionConfig,  # fmt: skip
     TrainConfig,
     check_batch,
@@ -47,6 +48,7 @@ class Config:
     launcher: LauncherConfig = field(default_factory=LauncherConfig)
     corpus: CorpusConfig = field(default_factory=CorpusConfig)
     bench: BenchConfig = field(default_factory=BenchConfig)
+    parity: ParityConfig = field(default_factory=ParityConfig)
 
 
 def check(cfg: Config, world: int, nodes: int = 1) -> None:
@@ -66,7 +68,7 @@ def check(cfg: Config, world: int, nodes: int = 1) -> None:
                         f"give launcher.processes={-(-world // model_ranks) * model_ranks}, or leave it out")  # fmt: skip
     dp = world // model_ranks
     check_batch(cfg.train, dp)
-    check_engine(cfg.engine)
+    check_engine(cfg.engine, cfg.precision.name, cfg.optim, cfg.parallel.tp, cfg.train.compile)
     replicas(cfg.engine, dp, nodes)
     check_tensor(cfg.model, cfg.train, cfg.parallel)
     if cfg.train.seq_len > cfg.model.max_seq_len:

@@ -89,6 +89,13 @@ class BenchConfig:
     warmup: int = 3
 
 
+@dataclass
+class ParityConfig:
+    """`parity`: the config, shrunk, under its layout and in one process."""
+
+    steps: int = 3
+
+
 def check_batch(t: TrainConfig, dp: int) -> None:
     """Refuse batch sizes that cannot be cut into equal microbatches over `dp` data-parallel ranks."""
     for key in ("steps", "seq_len", "global_batch_size", "micro_batch_size", "log_every"):

@@ -31,9 +31,11 @@ class FSDPEngine:
             mesh = topo.mesh[HYBRID] if topo.size("replicate") > 1 else topo.mesh["dp"]
             master = next(parts.core.parameters()).dtype
             policy = MixedPrecisionPolicy(param_dtype=parts.compute_dtype, reduce_dtype=master, cast_forward_inputs=False)
-            for unit in (*parts.core.layers.values(), parts.model):
-                # The outermost unit holds the embedding and the head: used first and last, it is never worth a second gather.
-                reshard = cfg.reshard_after_forward and unit is not parts.model
+            units = (*parts.core.layers.values(), parts.model)
+            for unit in units:
+                # Backward begins with the head (in the outermost unit, with the embedding) and the last layer: letting go of them
+                # after forward would gather them again at once.
+                reshard = cfg.reshard_after_forward and unit not in units[-2:]
                 fully_shard(unit, mesh=mesh, reshard_after_forward=reshard, mp_policy=policy)
             for module in parts.model.modules():
                 if isinstance(module, FSDPModule):  # gradients only add, see `Engine.backward`

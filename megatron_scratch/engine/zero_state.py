@@ -47,6 +47,7 @@ class Stage12:
 
     def gradients(self) -> dict[str, torch.Tensor]:
         """This rank's reduced gradients, flat; in place. Between the last microbatch and the step."""
+        self.zero._wait_for_offload_copies()
         owned = [(name, p) for name, p in self.named.items() if self.parts[name].numel]
         return {name: p._hp_mapping.get_lp_grad_fragment(p._index_in_param_group).view(-1) for name, p in owned}
 

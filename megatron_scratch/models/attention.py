@@ -6,6 +6,8 @@ parallelism, D hidden, H query heads of this rank, G its key/value heads, R quer
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import nn
 
@@ -46,8 +48,8 @@ class Attention(nn.Module):
             layer = ColumnParallelLinear(cfg.hidden_size, heads * self.head, topo, cfg.init_std, bias, shared)
             self.add_module(name, layer)
         self.out = RowParallelLinear(cfg.num_heads * self.head, cfg.hidden_size, topo, residual_std(cfg), cfg.bias)
-        self.q_norm = RMSNorm(self.head, cfg.norm_eps, False, topo, of_heads=True) if cfg.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(self.head, cfg.norm_eps, False, topo, of_heads=True) if cfg.qk_norm else nn.Identity()
+        head_norm = partial(RMSNorm, self.head, cfg.norm_eps, False, topo, of_heads=True, kernel=cfg.norm_kernel)
+        self.q_norm, self.k_norm = (head_norm() if cfg.qk_norm else nn.Identity() for _ in range(2))
 
     def _fused(self, x_ND: torch.Tensor, seq: int) -> QKV:
         # split, not three slices: its backward is one concatenation, theirs three tensors of zeros and two sums

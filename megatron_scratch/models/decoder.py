@@ -21,6 +21,7 @@ from megatron_scratch.models.cache import KVCache, LayerCache
 from megatron_scratch.models.dropout import dropout
 from megatron_scratch.models.gemm import linear
 from megatron_scratch.models.linear import ColumnParallelLinear, VocabParallelEmbedding, cast, check_ids
+from megatron_scratch.models.norms import norm_of
 from megatron_scratch.models.objective import IGNORE, chunk_tokens, linear_cross_entropy_sum
 from megatron_scratch.models.positions import Rotation
 from megatron_scratch.parallel.collectives import all_gather
@@ -36,7 +37,7 @@ class PreNormBlock(nn.Module):
 
     def __init__(self, cfg: ModelConfig, topo: Topology, index: int):
         super().__init__()
-        norm = registry.get("norm", cfg.norm)
+        norm = norm_of(cfg)
         self.topo, self.dropout, self.name = topo, cfg.dropout, f"layers.{index}"
         self.attention_norm = norm(cfg.hidden_size, cfg.norm_eps, cfg.bias, topo)
         self.attention = Attention(cfg, topo)
@@ -90,7 +91,7 @@ class Decoder(nn.Module):
         self.embed = VocabParallelEmbedding(cfg.padded_vocab, cfg.hidden_size, topo, cfg.init_std)
         self.position = registry.get("position", cfg.position)(cfg, topo)
         self.layers = nn.ModuleDict({str(i): block(cfg, topo, i) for i in range(cfg.num_layers)})
-        norm = registry.get("norm", cfg.norm)
+        norm = norm_of(cfg)
         self.norm = norm(cfg.hidden_size, cfg.norm_eps, cfg.bias, topo) if block.final_norm else nn.Identity()
         head = None if cfg.tie_embeddings else ColumnParallelLinear(cfg.hidden_size, cfg.padded_vocab, topo, cfg.init_std)
         self.head = head

@@ -36,7 +36,8 @@ def _wants_onednn(a: torch.Tensor) -> bool:
 
 def product(a_NI: torch.Tensor, b_OI: torch.Tensor) -> torch.Tensor:
     """a b^T, (N, O), without autograd; either may be a transposed view."""
-    return _onednn(a_NI, b_OI) if _wants_onednn(a_NI) else a_NI @ b_OI.t()
+    empty = a_NI.numel() == 0 or b_OI.numel() == 0  # a tp rank whose vocabulary is all padding; oneDNN refuses it
+    return _onednn(a_NI, b_OI) if _wants_onednn(a_NI) and not empty else a_NI @ b_OI.t()
 
 
 def linear(x_I: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None = None) -> torch.Tensor:

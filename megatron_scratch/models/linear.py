@@ -93,7 +93,7 @@ class RowParallelLinear(nn.Module):
 
 class VocabParallelEmbedding(nn.Module):
     """`weight` (V, D), its rows cut over tp: each rank looks up the ids that it holds, the others give zeros, and the sum leads out
-    of the tensor-parallel region. The output is in the dtype of the master: the decoder casts it once positions are added.
+    of the tensor-parallel region. The output is in the dtype of the weight: the decoder casts it once positions are added.
 
     Forward: a reduce-scatter under sequence parallelism, else an all-reduce. Backward: an all-gather, else nothing.
     """

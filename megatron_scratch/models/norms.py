@@ -5,13 +5,17 @@ Legend: ... any leading sizes, D normalised features.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from megatron_scratch.models.linear import cast
+from megatron_scratch import registry
+from megatron_scratch.config.model import ModelConfig
+from megatron_scratch.config.optim import use_apex
 from megatron_scratch.parallel.layout import ONES, ZEROS, local, shard_param
 from megatron_scratch.parallel.topology import Topology
 
@@ -43,32 +47,72 @@ class _RMSNormCPU(torch.autograd.Function):
         return d_x.to(x_D.dtype), d_weight, None
 
 
+def rms_norm(x_D: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Tensor:
+    """(..., D) -> (..., D), in the dtype of x."""
+    if x_D.device.type == "cpu" and x_D.dtype != torch.float64:
+        return _RMSNormCPU.apply(x_D, weight_D, eps)  # type: ignore[no-any-return]
+    return F.rms_norm(x_D, x_D.shape[-1:], weight_D.to(x_D.dtype), eps)
+
+
+def layer_norm(x_D: torch.Tensor, weight_D: torch.Tensor, bias_D: torch.Tensor | None, eps: float) -> torch.Tensor:
+    """(..., D) -> (..., D), in the dtype of x."""
+    return F.layer_norm(x_D, x_D.shape[-1:], weight_D.to(x_D.dtype), None if bias_D is None else bias_D.to(x_D.dtype), eps)
+
+
+# The twins by apex (apex/normalization/fused_layer_norm.py). Weights come in the dtype of x here too: its functions for mixed
+# dtypes are for fp32 activations alone; with others the kernels want weights in the activations' dtype (csrc/type_shim.h).
+def apex_rms_norm(x_D: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Tensor:
+    """As `rms_norm`."""
+    from apex.normalization.fused_layer_norm import fused_rms_norm_affine  # optional
+
+    return fused_rms_norm_affine(x_D, weight_D.to(x_D.dtype), x_D.shape[-1:], eps)  # type: ignore[no-any-return]
+
+
+def apex_layer_norm(x_D: torch.Tensor, weight_D: torch.Tensor, bias_D: torch.Tensor | None, eps: float) -> torch.Tensor:
+    """As `layer_norm`. apex has no kernel for a weight without a bias: that one gets zeros."""
+    from apex.normalization.fused_layer_norm import fused_layer_norm_affine  # optional
+
+    weight_D = weight_D.to(x_D.dtype)
+    bias_D = torch.zeros_like(weight_D) if bias_D is None else bias_D.to(x_D.dtype)
+    return fused_layer_norm_affine(x_D, weight_D, bias_D, x_D.shape[-1:], eps)  # type: ignore[no-any-return]
+
+
+def _uses_apex(kernel: str, weight_D: torch.Tensor) -> bool:
+    """By the machine's device, not a topology's: a model is also built to be counted, or to be loaded and then moved."""
+    return use_apex("model.norm_kernel", kernel, "cuda" if torch.cuda.is_available() else "cpu", str(weight_D.dtype))
+
+
+def norm_of(cfg: ModelConfig) -> Callable[..., nn.Module]:
+    """What makes the norms of a model: (size, eps, bias, topo) -> module. A plugin's need not know of kernels."""
+    norm = registry.get("norm", cfg.norm)
+    return norm if cfg.norm_kernel == "torch" else partial(norm, kernel=cfg.norm_kernel)
+
+
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight (Zhang & Sennrich, arXiv 1910.07467). It has no bias."""
 
-    def __init__(self, size: int, eps: float, bias: bool, topo: Topology, of_heads: bool = False):
+    def __init__(self, size: int, eps: float, bias: bool, topo: Topology, of_heads: bool = False, kernel: str = "torch"):
         """`of_heads`: it normalises heads, of which each tp rank has some; else tokens, of which it has some or all."""
         super().__init__()
         self.eps = eps
         self.weight = shard_param((size,), topo, init=ONES, partial=of_heads or topo.sequence_parallel)
+        self.compute = apex_rms_norm if _uses_apex(kernel, self.weight) else rms_norm
 
     def forward(self, x_D: torch.Tensor) -> torch.Tensor:
         """(..., D) -> (..., D)."""
-        if x_D.device.type == "cpu" and x_D.dtype != torch.float64:
-            return _RMSNormCPU.apply(x_D, local(self.weight), self.eps)  # type: ignore[no-any-return]
-        return F.rms_norm(x_D, x_D.shape[-1:], cast(self.weight, x_D.dtype), self.eps)
+        return self.compute(x_D, local(self.weight), self.eps)
 
 
 class LayerNorm(nn.Module):
     """(x - mean) / sqrt(var + eps) * weight + bias (Ba et al., arXiv 1607.06450); the bias on request."""
 
-    def __init__(self, size: int, eps: float, bias: bool, topo: Topology):
+    def __init__(self, size: int, eps: float, bias: bool, topo: Topology, kernel: str = "torch"):
         super().__init__()
         self.eps = eps
         self.weight = shard_param((size,), topo, init=ONES, partial=topo.sequence_parallel)
         self.bias = shard_param((size,), topo, init=ZEROS, partial=topo.sequence_parallel) if bias else None
+        self.compute = apex_layer_norm if _uses_apex(kernel, self.weight) else layer_norm
 
     def forward(self, x_D: torch.Tensor) -> torch.Tensor:
         """(..., D) -> (..., D)."""
-        bias = None if self.bias is None else cast(self.bias, x_D.dtype)
-        return F.layer_norm(x_D, x_D.shape[-1:], cast(self.weight, x_D.dtype), bias, self.eps)
+        return self.compute(x_D, local(self.weight), None if self.bias is None else local(self.bias), self.eps)

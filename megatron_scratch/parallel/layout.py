@@ -18,6 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from megatron_scratch.parallel.pieces import Pieces
 from megatron_scratch.parallel.topology import Topology
 from megatron_scratch.util.seeds import seed_from
 
@@ -150,4 +151,6 @@ def materialize(model: nn.Module, seed: int, device: torch.device, table: Mappin
 
 def full(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor in full on every rank; collective."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    if isinstance(tensor, DTensor):
+        return tensor.full_tensor()
+    return tensor.full() if isinstance(tensor, Pieces) else tensor

@@ -31,7 +31,7 @@ from megatron_scratch.util.env import Rank, master, restart_count
 from megatron_scratch.util.memory import keep_freed_memory
 
 TIMEOUT = timedelta(minutes=10)  # torch's default of 30 leaves a hung job unseen for half an hour
-FREE_MODEL_FIELDS = {"attention", "dropout"}  # may change between a checkpoint and the run that resumes it
+FREE_MODEL_FIELDS = {"attention", "dropout", "norm_kernel"}  # may change between a checkpoint and the run that resumes it
 
 
 def fp32(cfg: PrecisionConfig) -> torch.dtype:

@@ -43,6 +43,7 @@ def load_run(run: str, precision: str | None = None) -> Trained:
     folder = resume.named(path, SINGLE)
     cfg = compose.load_file(folder.parent.parent / "config.yaml")
     registry.load_plugins(cfg.plugins)
+    cfg.model.norm_kernel = "auto"  # this machine need not be the one that trained
     if precision is not None:
         choice("precision", precision, registry.names("precision"))
         cfg.precision.name = precision

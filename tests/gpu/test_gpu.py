@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 from runs import TINY
 
+from megatron_scratch import registry
 from megatron_scratch.cli import main
 from megatron_scratch.config import compose
+from megatron_scratch.config.optim import AdamWConfig, use_apex
 from megatron_scratch.data.loader import Loader, open_data
+from megatron_scratch.models.norms import apex_layer_norm, apex_rms_norm, layer_norm, rms_norm
+from megatron_scratch.optim import param_groups
 from megatron_scratch.parallel import SINGLE, Topology
 from megatron_scratch.train import build
 from megatron_scratch.train.step import to_device
@@ -49,3 +54,51 @@ def test_train_resume_and_generate(processes: int, corpus: Path, tmp_path: Path,
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in rows if "loss" in r] == list(range(1, 9))
     assert main(["generate", str(tmp_path), "prompt=a", "max_new_tokens=4"]) == 0
+
+
+def needs_apex(key: str) -> pytest.MarkDecorator:
+    return pytest.mark.skipif(find_spec("apex") is None or not use_apex(key, "auto"), reason="needs NVIDIA's apex")
+
+
+@needs_apex("optim.kernel")
+def test_apex_s_adamw_is_torch_s() -> None:
+    runs = []
+    for kernel in ("torch", "apex"):
+        torch.manual_seed(0)
+        named = {n: torch.nn.Parameter(torch.randn(size, device="cuda")) for n, size in (("w", 70_000), ("norm", 5), ("none", 0))}
+        cfg = AdamWConfig(lr=1e-2, kernel=kernel)
+        optimizer = registry.build("optim", cfg, groups=param_groups(named.items(), cfg))
+        assert type(optimizer).__name__ == ("FusedAdam" if kernel == "apex" else "AdamW")
+        for _ in range(5):
+            for p in named.values():
+                p.grad = torch.randn_like(p)
+            optimizer.step()
+        runs.append((named, optimizer))
+    for name, want in runs[0][0].items():
+        got = runs[1][0][name]
+        torch.testing.assert_close(got, want, rtol=2e-6, atol=2e-7)  # a few roundings of numbers up to 4
+        mine, theirs = runs[1][1].state[got], runs[0][1].state[want]
+        assert list(mine) == list(theirs) and float(mine["step"]) == 5.0
+        for key in ("exp_avg", "exp_avg_sq"):
+            torch.testing.assert_close(mine[key], theirs[key], rtol=2e-6, atol=1e-7)
+
+
+@needs_apex("model.norm_kernel")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["rms", "layer", "layer without bias"])
+def test_apex_s_norms_err_at_most_twice_as_much_as_torch_s(name: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x, grad = (torch.randn(64, 384, device="cuda", dtype=dtype) for _ in range(2))
+    weight, bias = torch.randn(384, device="cuda"), torch.randn(384, device="cuda")
+
+    def run(apex: bool, to: torch.dtype) -> list[torch.Tensor]:
+        leaves = [t.to(to).requires_grad_() for t in (x, *(t.to(dtype) for t in (weight, bias)[: 1 + (name == "layer")]))]
+        if name == "rms":
+            y = (apex_rms_norm if apex else rms_norm)(*leaves, 1e-5)
+        else:
+            y = (apex_layer_norm if apex else layer_norm)(*leaves, *([None] if name != "layer" else []), 1e-5)
+        return [y, *torch.autograd.grad(y, leaves, grad.to(to))]
+
+    for ours, torchs, exact in zip(run(True, dtype), run(False, dtype), run(False, torch.float64), strict=True):
+        assert ours.dtype == dtype
+        assert (ours - exact).norm() <= 2 * (torchs - exact).norm() + 1e-6 * exact.norm()

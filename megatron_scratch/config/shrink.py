@@ -1,0 +1,80 @@
+"""A config made small without changing what it is made of: for proofs on a laptop of what will run on a cluster."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from math import sqrt
+
+from megatron_scratch.config.engine import replicas
+from megatron_scratch.config.model import ModelConfig
+from megatron_scratch.config.optim import ScheduleConfig
+from megatron_scratch.config.schema import Config, check
+from megatron_scratch.config.train import BatchRamp
+
+LAYERS, HEAD, RATIO, TOKENS, VOCAB = 2, 8, 4, 16, 251  # a prime vocabulary: its padding lies on some tp ranks only
+MICROBATCHES, MICRO, COPIES = 4, 2, 2
+
+
+def small_world(cfg: Config, nodes: int = 1) -> int:
+    """Processes that show everything a layout does: its tp, pp, cp, and two data-parallel ranks (of each replica)."""
+    ranks = cfg.parallel.tp * cfg.parallel.pp * cfg.parallel.cp
+    given = None if cfg.launcher.processes is None else cfg.launcher.processes // ranks
+    dp = COPIES * COPIES if cfg.engine.name == "hsdp" else COPIES
+    return ranks * (dp if given is None else min(given, dp))
+
+
+def vet(cfg: Config, world: int) -> None:
+    """Refuse what could not be trained as it is. Where the number of processes is left open, so is the batch that has to divide."""
+    probe = deepcopy(cfg)
+    if cfg.launcher.processes is None:
+        probe.train.global_batch_size *= world
+    probe.model.vocab_size = probe.model.vocab_size or VOCAB
+    check(probe, world if cfg.launcher.processes is None else cfg.launcher.processes)
+
+
+def shrink(cfg: Config, world: int) -> Config:
+    """The same parts, options and layout with 2 layers, heads of 8 features, 16 tokens, at most 4 microbatches of 2 sequences.
+
+    The data-parallel size becomes what `world` leaves; a run of one process (for comparison) then takes the same batches.
+    """
+    small = deepcopy(cfg)
+    p, t = small.parallel, small.train
+    dp = world // (p.tp * p.pp * p.cp)
+    _shrink_model(small.model, p.tp, min(t.seq_len, max(TOKENS, p.tp)))
+    if replicas(small.engine, dp * 10**6, 2) > 1:  # whatever was asked for, two copies show it
+        small.engine.replicas = COPIES
+    was = small.launcher.processes
+    old_dp = 1 if was is None else max(1, was // (p.tp * p.pp * p.cp))
+    accumulation = max(1, t.global_batch_size // (t.micro_batch_size * old_dp))
+    t.micro_batch_size = min(t.micro_batch_size, MICRO)
+    t.global_batch_size = t.micro_batch_size * dp * min(accumulation, MICROBATCHES)
+    t.seq_len, t.ramp, t.compile = small.model.max_seq_len, BatchRamp(), False
+    small.launcher.processes = world
+    small.schedule = ScheduleConfig()
+    small.model.norm_kernel = "torch"  # a CPU has no others
+    if hasattr(small.optim, "kernel"):
+        small.optim.kernel = "torch"
+    small.data.check_ids = True
+    return small
+
+
+def _shrink_model(m: ModelConfig, tp: int, seq_len: int) -> None:
+    wide, ffn = m.hidden_size, m.ffn
+    heads, kv = m.num_heads, m.kv_heads
+    if kv % tp == 0:  # whole key/value heads to each rank
+        kv_small = tp if tp > 1 else min(kv, 2)
+        kv_small = kv_small if kv % kv_small == 0 else kv
+        heads_small = kv_small * min(heads // kv, RATIO)
+    else:  # copies of a key/value head on several ranks
+        kv_small, heads_small = kv, tp
+    head = min(m.head_size, HEAD)
+    per_head = wide / (heads * m.head_size)  # 1 but where head_dim is chosen freely
+    m.hidden_size = max(HEAD, round(heads_small * head * per_head))
+    m.head_dim = head if per_head != 1 else None
+    m.num_heads, m.num_kv_heads = heads_small, None if m.num_kv_heads is None else kv_small
+    m.ffn_size = max(1, round(m.hidden_size * ffn / wide / tp)) * tp
+    m.num_layers = min(m.num_layers, LAYERS)
+    m.vocab_size = min(m.vocab_size or VOCAB, VOCAB)
+    m.max_seq_len = seq_len
+    m.sliding_window = None if m.sliding_window is None else min(m.sliding_window, seq_len // 2)
+    m.init_std *= sqrt(wide / m.hidden_size)  # activations keep their size

@@ -1,0 +1,85 @@
+"""Several ranks on this machine's CPU, forked from a process that has imported torch already: 0.1 s each instead of 4 s."""
+
+from __future__ import annotations
+
+import datetime
+import faulthandler
+import multiprocessing
+import os
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_scratch.util.env import Rank
+from megatron_scratch.util.errors import RunFailed, UserError
+
+
+def run_ranks(world: int, fn: Callable[..., Any], *args: Any, detail: bool = False, timeout: int = 120) -> list[Any]:
+    """`fn(rank, *args)` on `world` forked ranks in one gloo process group; their results in order of rank.
+
+    Args:
+        fn: takes a `Rank`; it may be any function, as nothing is sent to a forked process. What it returns travels through a pipe.
+        detail: torch's checks that all ranks issue the same collectives. DistributedDataParallel segfaults under them (torch 2.13)
+            when its group comes from a mesh.
+        timeout: seconds for one collective, and for all of it.
+
+    Raises:
+        UserError: that a rank raised. RunFailed: whatever else a rank raised, with its traceback, or that it died.
+    """
+    context = multiprocessing.get_context("fork")
+    sys.stdout.flush()
+    sys.stderr.flush()
+    with tempfile.TemporaryDirectory() as tmp:
+        processes, pipes = [], []
+        for number in range(world):
+            here, there = context.Pipe(duplex=False)
+            rank = Rank(number, world, number, True)
+            process = context.Process(target=_main, args=(rank, f"{tmp}/store", fn, args, there, detail, timeout))
+            process.start()
+            there.close()
+            processes.append(process)
+            pipes.append(here)
+        answers = [_answer(pipe, timeout) for pipe in pipes]
+        for process in processes:
+            process.join()
+    for kind, error in answers:
+        if kind == "user":
+            raise UserError(error)
+    failed = [f"rank {number}:\n{text}" for number, (kind, text) in enumerate(answers) if kind == "failed"]
+    if failed:
+        raise RunFailed("\n".join(failed))
+    return [value for _, value in answers]
+
+
+def _main(rank: Rank, store: str, fn: Callable[..., Any], args: tuple[Any, ...], pipe: Any, detail: bool, timeout: int) -> None:
+    faulthandler.dump_traceback_later(timeout, exit=True, file=sys.__stderr__)  # which nobody has replaced
+    try:
+        torch.set_num_threads(1)
+        dist.set_debug_level(dist.DebugLevel.DETAIL if detail else dist.DebugLevel.OFF)
+        file = dist.FileStore(store, rank.world)
+        limit = datetime.timedelta(seconds=timeout)
+        dist.init_process_group("gloo", store=file, rank=rank.rank, world_size=rank.world, timeout=limit)
+        pipe.send(("ok", fn(rank, *args)))
+        dist.destroy_process_group()
+    except UserError as error:
+        pipe.send(("user", str(error)))
+    except BaseException:  # noqa: B036  (whatever it was, the parent wants to see it)
+        pipe.send(("failed", traceback.format_exc()))
+    finally:
+        pipe.close()
+        sys.stdout.flush()
+        os._exit(0)  # no interpreter shutdown: what the parent has open is not ours to close
+
+
+def _answer(pipe: Any, timeout: int) -> tuple[str, Any]:
+    try:
+        return pipe.recv() if pipe.poll(timeout + 10) else ("failed", "no answer in time")
+    except EOFError:
+        return "failed", "died without a word (see its output above)"
+    finally:
+        pipe.close()
