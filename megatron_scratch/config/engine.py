@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any, Optional
 
 from megatron_scratch.util.errors import UserError
+
+INSTALL = "pip install -c constraints.txt -e '.[deepspeed]', or use engine=fsdp"
 
 
 @dataclass
@@ -90,6 +93,8 @@ def check_engine(e: Any, precision: str, optim: Any, tp: int, compiled: bool) ->
     """Refuse what an engine cannot do."""
     if getattr(e, "bucket_mb", 1) < 1:
         raise UserError(f"engine.bucket_mb={e.bucket_mb} must be at least 1")
+    if isinstance(e, ZeroConfig) and find_spec("deepspeed") is None:
+        raise UserError(f"engine={e.name} needs DeepSpeed, which is not installed; {INSTALL}")
     if isinstance(e, ZeroConfig) and precision == "fp64":
         raise UserError(f"precision=fp64 with engine={e.name}: DeepSpeed's master weights are fp32; use engine=ddp, fsdp or hsdp")
     if isinstance(e, Zero3Config) and compiled:

@@ -9,7 +9,7 @@ from megatron_scratch.config.engine import replicas
 from megatron_scratch.config.model import ModelConfig
 from megatron_scratch.config.optim import ScheduleConfig
 from megatron_scratch.config.schema import Config, check
-from megatron_scratch.config.train import BatchRamp
+from megatron_scratch.config.train import BatchRamp, check_parallel
 
 LAYERS, HEAD, RATIO, TOKENS, VOCAB = 2, 8, 4, 16, 251  # a prime vocabulary: its padding lies on some tp ranks only
 MICROBATCHES, MICRO, COPIES = 4, 2, 2
@@ -17,6 +17,7 @@ MICROBATCHES, MICRO, COPIES = 4, 2, 2
 
 def small_world(cfg: Config, nodes: int = 1) -> int:
     """Processes that show everything a layout does: its tp, pp, cp, and two data-parallel ranks (of each replica)."""
+    check_parallel(cfg.parallel)
     ranks = cfg.parallel.tp * cfg.parallel.pp * cfg.parallel.cp
     given = None if cfg.launcher.processes is None else cfg.launcher.processes // ranks
     dp = COPIES * COPIES if cfg.engine.name == "hsdp" else COPIES

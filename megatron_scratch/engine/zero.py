@@ -31,7 +31,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from megatron_scratch.config.engine import Zero3Config, ZeroConfig
+from megatron_scratch.config.engine import INSTALL, Zero3Config, ZeroConfig
 from megatron_scratch.engine.base import Parts, Shapes
 from megatron_scratch.engine.clip import clip_
 from megatron_scratch.engine.zero_state import Stage3, Stage12
@@ -193,10 +193,10 @@ def import_deepspeed(engine: str, device: torch.device) -> Any:
             import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  (it imports this one late, and torch's compiler with it)
     except ImportError as error:
         raise UserError(f"engine={engine} needs DeepSpeed, which cannot be imported ({error}); "
-                        "pip install -c constraints.txt -e '.[deepspeed]', or use engine=fsdp") from error  # fmt: skip
+                        f"{INSTALL}") from error  # fmt: skip
     if not deepspeed.__version__.startswith(VERSION):
         raise UserError(f"engine={engine} is made for DeepSpeed {VERSION}*, and {deepspeed.__version__} is installed; "
-                        "pip install -c constraints.txt -e '.[deepspeed]', or use engine=fsdp")  # fmt: skip
+                        f"{INSTALL}")  # fmt: skip
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # Shared-memory collectives on CPUs would be built by a C++ compiler in every new environment, for 80 s; gloo does without.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -7,12 +7,14 @@ import subprocess
 
 from megatron_scratch import registry
 from megatron_scratch.config import Config, check
+from megatron_scratch.config.train import check_parallel
 from megatron_scratch.data.loader import open_data
 from megatron_scratch.util.errors import UserError
 
 
 def world_size(cfg: Config) -> int:
     """Processes of a local run: as given, all local GPUs, or the fewest that the layout needs."""
+    check_parallel(cfg.parallel)
     need = cfg.parallel.tp * cfg.parallel.pp * cfg.parallel.cp
     if cfg.launcher.processes is not None:
         if cfg.launcher.processes < 1:

@@ -75,6 +75,7 @@ class Attention(nn.Module):
             out_BSHK = self._attend_with_dropout(q_BSHK, k_BTGK, v_BTGK, mask, seed, site)
         return self.out(out_BSHK.flatten(0, 1).flatten(1))
 
+    @torch.compiler.disable  # compiled, random numbers would come from another generator
     def _attend_with_dropout(
         self, q_BSHK: torch.Tensor, k_BTGK: torch.Tensor, v_BTGK: torch.Tensor, mask: AttendMask, seed: torch.Tensor, site: str
     ) -> torch.Tensor:

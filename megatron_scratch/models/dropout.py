@@ -48,7 +48,6 @@ def _(x_nD: torch.Tensor, seed: torch.Tensor, site: str, p: float, tokens: int, 
     return torch.empty_like(x_nD)
 
 
-@torch.compiler.disable
 def seed_global_generator(seed: torch.Tensor, site: str) -> None:
     """Seed torch's own generators, which fused attention kernels draw from: they take no other."""
     torch.manual_seed(seed_from(int(seed), site))

@@ -17,6 +17,7 @@ from megatron_scratch.parallel.tensor import gather
 from megatron_scratch.parallel.topology import Topology
 
 
+@torch.compiler.disable
 def overlapped_linears(
     x_nI: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None], topo: Topology
 ) -> tuple[torch.Tensor, ...]:

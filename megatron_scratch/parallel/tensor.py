@@ -28,18 +28,21 @@ from megatron_scratch.parallel.topology import Topology
 
 def enter(x: torch.Tensor, topo: Topology) -> torch.Tensor:
     """Into a tensor-parallel region: (n or N, ...) outside -> (N, ...), the same on every tp rank."""
-    group = topo.group("tp")
-    if group is None:
+    if topo.size("tp") == 1:
         return x
-    return (_Gather if topo.sequence_parallel else _Copy).apply(x, group)  # type: ignore[no-any-return]
+    return _send(_Gather if topo.sequence_parallel else _Copy, x, topo)
 
 
 def leave(x: torch.Tensor, topo: Topology) -> torch.Tensor:
     """Out of a tensor-parallel region: (N, ...), each rank's a part of the sum over tp -> (n or N, ...)."""
-    group = topo.group("tp")
-    if group is None:
+    if topo.size("tp") == 1:
         return x
-    return (_Scatter if topo.sequence_parallel else _Reduce).apply(x, group)  # type: ignore[no-any-return]
+    return _send(_Scatter if topo.sequence_parallel else _Reduce, x, topo)
+
+
+@torch.compiler.disable  # compiled code ends where a message begins, and goes on after it
+def _send(function: type[torch.autograd.Function], x: torch.Tensor, topo: Topology) -> torch.Tensor:
+    return function.apply(x, topo.group("tp"))  # type: ignore[no-any-return]
 
 
 def token_part(tokens: int, topo: Topology) -> slice:

@@ -68,8 +68,10 @@ class Topology:
         return 0 if mesh is None else mesh.get_local_rank()
 
     def group(self, axis: str) -> dist.ProcessGroup | None:
+        if self.size(axis) == 1:
+            return None
         mesh = self.axis(axis)
-        return None if mesh is None or self.size(axis) == 1 else mesh.get_group()
+        return None if mesh is None else mesh.get_group()
 
     @property
     def is_main(self) -> bool:

@@ -65,7 +65,7 @@ def _train(cfg: Config, topo: Topology, run_dir: RunDir, view: View, stop: StopF
         compose.save(cfg, run_dir.config)
         if data.tokenizer is not None:
             data.tokenizer.save(run_dir.path)  # a run can write text wherever its data has gone
-        run_dir.record("start", step=first, world=topo.world, steps=cfg.train.steps)
+        run_dir.record("start", step=first, world=topo.world, tp=topo.size("tp"), engine=cfg.engine.name, steps=cfg.train.steps)
 
     rates = _rates(cfg, topo, plan, first)
     hooks: list[Hook] = [LogMetrics(cfg.train.log_every, topo, run_dir, view, rates)]

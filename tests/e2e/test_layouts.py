@@ -60,6 +60,19 @@ def test_stop_under_one_layout_go_on_under_another(
         assert found[step] == (pytest.approx(loss, rel=1e-5), pytest.approx(norm, rel=1e-5)), step
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("layout", ["tp", "tp_overlap", "fsdp_tp"])
+def test_compiled_blocks_compute_the_same(layout: str, corpus: Path, tmp_path: Path) -> None:
+    found = []
+    for name in ("one", layout):
+        world, overrides = LAYOUTS[name]
+        more = ["model.dropout=0.1", "train.micro_batch_size=2", "train.steps=3", f"train.compile={name == layout}"]
+        assert run(config(corpus, tmp_path / name, *SGD[:-1], *overrides, *more, world=world), world) == [0] * world
+        found.append(rows(tmp_path / name))
+    for step, (loss, norm) in found[0].items():
+        assert found[1][step] == (pytest.approx(loss, rel=1e-5), pytest.approx(norm, rel=1e-5)), step
+
+
 def test_a_model_trained_over_tp_is_evaluated_and_writes_in_one_process(
     corpus: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

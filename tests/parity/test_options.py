@@ -28,6 +28,8 @@ ROWS = [
     (TP2, ["model.position=sinusoidal", "model.mlp=geglu", "model.head_dim=24"]),
     (Cell(1, "fsdp", "llama", 4, False), ["engine.reshard_after_forward=false"]),
     (Cell(2, "hsdp", "llama", 1, True), ["engine.reshard_after_forward=false"]),
+    (Cell(2, "zero2", "llama", 4, True), ["engine.offload_optimizer=true", "model.dropout=0.2"]),
+    (Cell(1, "zero3", "gpt2", 4, False), ["engine.offload_optimizer=true", "engine.offload_param=true"]),
     (TP2, ["optim=sgd", "optim.clip_grad_norm=0.01"]),
     (Cell(2, "fsdp", "llama", 1, True), ["optim=lion"]),
     (Cell(2, "ddp", "llama", 1, True), ["model.attention=reference"]),
@@ -41,8 +43,12 @@ def test_equals_one_process(cell: Cell, overrides: list[str], references: Refere
     assert parity.passed(rows, parity.tolerance(cfg)), rows
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("cell", [TP2, TP4, Cell(2, "hsdp", "scratch", 1, True)], ids=str)
+ROUNDED = [("fp32", TP2), ("fp32", Cell(2, "fsdp", "gpt2", 1, True)), ("bf16", TP2), ("bf16", TP4), ("bf16", PLAIN),
+           ("bf16", Cell(2, "hsdp", "scratch", 1, True)), *(("bf16", Cell(2, f"zero{n}", "llama", 4, True)) for n in (1, 2, 3)),
+           ("bf16", Cell(1, "fsdp", "llama_tied", 4, False)), ("bf16", Cell(1, "zero3", "gpt2", 1, False))]  # fmt: skip
+
+
+@pytest.mark.parametrize(("precision", "cell"), ROUNDED, ids=[f"{precision}-{cell}" for precision, cell in ROUNDED])
 def test_equals_one_process_in(precision: str, cell: Cell, references: References) -> None:
     cfg = cell.config(f"precision={precision}")
     rows = compare(cfg, references)
