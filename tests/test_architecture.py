@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from megatron_scratch import registry
 from megatron_scratch.config import compose
 from megatron_scratch.config.model import check_model
+from megatron_scratch.util.errors import UserError
 
 PACKAGE = Path(__file__).resolve().parents[1] / "megatron_scratch"
 CONFIGS = PACKAGE.parent / "configs"
@@ -142,8 +144,20 @@ def test_every_yaml_composes_and_starts_with_its_command(override: str) -> None:
     check_model(cfg.model)
 
 
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("experiment/*.yaml")), ids=lambda p: p.stem)
+def test_an_experiment_names_entries_where_the_command_line_can_override_them(path: Path) -> None:
+    """A `name:` inside a section would win over `precision=fp32` on the command line, silently: it belongs into `defaults`."""
+    plain = compose.load([f"experiment={path.stem}"])
+    for section in (p.name for p in CONFIGS.iterdir() if p.is_dir() and p.name not in ("experiment", "model")):
+        for other in set(registry.names(section)) - {getattr(plain, section).name}:
+            try:
+                cfg = compose.load([f"experiment={path.stem}", f"{section}={other}"])
+            except UserError:
+                continue  # refused, as the experiment sets what the other entry does not have; but never ignored
+            assert getattr(cfg, section).name == other
+
+
 def test_every_registered_part_exists() -> None:
-    from megatron_scratch import registry
     from megatron_scratch.builtin import _ENGINES, _OPTIMIZERS, _PARTS, _SCHEDULES
 
     for kind, names in {**_PARTS, "engine": _ENGINES, "optim": _OPTIMIZERS, "schedule": _SCHEDULES}.items():

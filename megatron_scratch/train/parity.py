@@ -108,7 +108,8 @@ def comparable(cfg: Config) -> tuple[Config, str]:
         return small, was
     shared = {key: getattr(small.optim, key) for key in ("lr", "weight_decay", "clip_grad_norm", "groups")}
     small.optim = SGDConfig(**shared)
-    return small, f"sgd in place of {was}, whose updates turn rounding into signs; precision=fp64 compares {was} itself"
+    how = "engine=fsdp precision=fp64" if cfg.engine.name.startswith("zero") else "precision=fp64"
+    return small, f"sgd in place of {was}, whose updates turn rounding into signs; {how} compares {was} itself"
 
 
 def trace(cfg: Config, topo: Topology, steps: int) -> Trace:
@@ -206,7 +207,7 @@ def _rank(rank: Rank, cfg: Config, steps: int, truths: list[Trace]) -> list[list
     rows = []
     for quantity, errors in found.items():
         worst = sorted(errors, key=errors.__getitem__, reverse=True)[:SHOWN]
-        rows.append([Row(quantity, errors[where], where if rank.rank == 0 else f"{where} (rank {rank.rank})") for where in worst])
+        rows.append([Row(quantity, errors[where], where) for where in worst])
     return rows
 
 
@@ -220,7 +221,10 @@ def compare(cfg: Config, world: int, steps: int, truths: list[Trace] | None = No
     ranks = run_ranks(world, _rank, cfg, steps, truths)
     limit, out = tolerance(cfg).value, []
     for i in range(len(ranks[0])):
-        rows = sorted((row for rank in ranks for row in rank[i]), key=lambda row: row.error, reverse=True)
+        worst: dict[str, Row] = {}
+        for row in sorted((row for rank in ranks for row in rank[i]), key=lambda row: row.error):
+            worst[row.where] = row
+        rows = sorted(worst.values(), key=lambda row: row.error, reverse=True)
         out += [row for n, row in enumerate(rows[:SHOWN]) if n == 0 or row.error > limit]
     return out
 

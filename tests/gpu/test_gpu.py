@@ -56,6 +56,27 @@ def test_train_resume_and_generate(processes: int, corpus: Path, tmp_path: Path,
     assert main(["generate", str(tmp_path), "prompt=a", "max_new_tokens=4"]) == 0
 
 
+LAYOUTS = ["parallel.tp=2", "parallel.tp=2 parallel.overlap=true", "engine=fsdp", "engine=fsdp engine.reshard_after_forward=false",
+           "engine=hsdp engine.replicas=2", "engine=zero1", "engine=zero2 engine.offload_optimizer=true",
+           "engine=zero3 engine.offload_param=true engine.offload_optimizer=true"]  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_two_gpus_compute_what_one_computes(layout: str, corpus: Path, tmp_path: Path) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs 2 GPUs")
+    if "zero" in layout:
+        pytest.importorskip("deepspeed")
+    found = []
+    for name, words in (("one", []), ("two", layout.split())):
+        assert main(["train", *TINY, f"data.dir={corpus}", f"dir={tmp_path / name}", "optim=sgd", "optim.lr=0.1", "train.steps=4",
+                     f"launcher.processes={1 if name == 'one' else 2}", *words]) == 0  # fmt: skip
+        rows = (json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines())
+        found.append([(row["loss"], row["grad_norm"]) for row in rows if "loss" in row])
+    for one, two in zip(*found, strict=True):
+        assert two == pytest.approx(one, rel=1e-4), "fp32 sums in another order, four steps; TF32 is off by default"
+
+
 def needs_apex(key: str) -> pytest.MarkDecorator:
     return pytest.mark.skipif(find_spec("apex") is None or not use_apex(key, "auto"), reason="needs NVIDIA's apex")
 

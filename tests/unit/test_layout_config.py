@@ -50,7 +50,8 @@ def test_refused_in_one_line(world: int, overrides: list[str], words: list[str])
     assert all(word in message for word in words), message
 
 
-@pytest.mark.parametrize("overrides", [["parallel.tp=4"], ["engine=hsdp", "engine.replicas=3"], ["engine=zero1", "precision=fp64"],
+@pytest.mark.parametrize("overrides", [["parallel.tp=4"], ["engine=zero1", "precision=fp64"],
+                                       ["engine=hsdp", "engine.replicas=3", "launcher.processes=4", "train.micro_batch_size=4"],
                                        ["launcher.processes=3", "parallel.tp=2"], ["parallel.sequence_parallel=true"]])  # fmt: skip
 @pytest.mark.parametrize("verb", ["train", "parity"])
 def test_exit_code_2_before_anything_starts(verb: str, overrides: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -64,6 +65,13 @@ def test_degrees_that_are_none(verb: str, capsys: pytest.CaptureFixture[str]) ->
     for tp in (0, -2):
         assert main([verb, f"parallel.tp={tp}", "launcher.processes=2"]) == 2
         assert f"parallel.tp={tp} must be at least 1" in capsys.readouterr().err
+
+
+def test_parity_of_no_steps_or_too_many_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["parity", "parity.steps=0"]) == 2
+    assert "parity.steps=0 must be at least 1" in capsys.readouterr().err
+    assert main(["parity", "parity.steps=11"]) == 2
+    assert "allowed: up to 10, or any with precision=fp64" in capsys.readouterr().err
 
 
 def test_deepspeed_is_named_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
