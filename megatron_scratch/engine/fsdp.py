@@ -28,7 +28,7 @@ class FSDPEngine:
         self.model = parts.model
         if topo.size("dp") > 1:
             assert topo.mesh is not None
-            mesh = topo.mesh[HYBRID] if topo.size("replicate") > 1 else topo.mesh["dp"]
+            mesh = topo.mesh[HYBRID] if topo.size("replicate") > 1 else topo.axes["dp"]
             master = next(parts.core.parameters()).dtype
             policy = MixedPrecisionPolicy(param_dtype=parts.compute_dtype, reduce_dtype=master, cast_forward_inputs=False)
             units = (*parts.core.layers.values(), parts.model)

@@ -173,7 +173,7 @@ class _Ranks:
 
     def _group(self, axis: str) -> dist.ProcessGroup:
         if self.topo.mesh is not None:
-            return self.topo.mesh[axis].get_group()
+            return self.topo.axes[axis].get_group()
         assert dist.group.WORLD is not None
         return dist.group.WORLD
 

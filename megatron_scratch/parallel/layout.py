@@ -79,7 +79,7 @@ def shard_param(
     n = topo.size(axis) if axis else 1
     assert axis in (None, "tp") and shape[dim] % n == 0, f"dim {dim} of {shape} over {axis}={n}"
     assert not (axis and partial), "a part of a cut parameter has its whole gradient"
-    mesh = topo.mesh["tp"] if topo.mesh is not None and topo.size("tp") > 1 else None
+    mesh = topo.axes["tp"] if topo.size("tp") > 1 else None
     placements = () if mesh is None else (Shard(dim),) if n > 1 else (Replicate(),)
     layout = Layout(tuple(shape), mesh, placements, init, partial and mesh is not None)
     local_shape = [s // n if d == dim else s for d, s in enumerate(shape)]

@@ -22,8 +22,10 @@ class Topology:
     world: int = 1
     device: torch.device = torch.device("cpu")
     degrees: Mapping[str, int] = field(default_factory=dict)  # axis -> size; missing: 1
-    mesh: DeviceMesh | None = None
-    dp_mesh: DeviceMesh | None = None  # dp as one axis, where `mesh` has its two halves
+    mesh: DeviceMesh | None = None  # all axes; None in a world of one
+    axes: Mapping[str, DeviceMesh] = field(default_factory=dict)  # axis -> its part of the mesh: cutting one out takes 0.7 ms
+    groups: Mapping[str, dist.ProcessGroup] = field(default_factory=dict)  # of the axes with more than one rank
+    indices: Mapping[str, int] = field(default_factory=dict)  # axis -> this rank's coordinate
     sequence_parallel: bool = False  # between tensor-parallel layers each tp rank holds a part of the tokens, not all of them
     overlap: bool = False  # tp messages of the backward pass travel while matrices are multiplied
 
@@ -43,35 +45,29 @@ class Topology:
         copies = degrees.get("replicate", 1)
         assert sizes["dp"] % copies == 0, (sizes, copies)
         halves = {"replicate": copies, "shard": sizes["dp"] // copies}
-        dims = (
-            {axis: sizes[axis] for axis in AXES}
-            if copies == 1
-            else {"pp": sizes["pp"], **halves, "cp": sizes["cp"], "tp": sizes["tp"]}
-        )
-        mesh = init_device_mesh(device.type, tuple(dims.values()), mesh_dim_names=tuple(dims)) if world > 1 else None
-        dp_mesh = mesh[HYBRID]._flatten("dp") if mesh is not None and copies > 1 else None
-        tensor = sizes["tp"] > 1
-        return Topology(rank, world, device, {**sizes, **halves}, mesh, dp_mesh, sequence_parallel and tensor, overlap and tensor)
+        flags = {"sequence_parallel": sequence_parallel and sizes["tp"] > 1, "overlap": overlap and sizes["tp"] > 1}
+        sizes |= halves
+        if world == 1:
+            return Topology(rank, world, device, sizes, **flags)
+        dims = ("pp", *(HYBRID if copies > 1 else ("dp",)), "cp", "tp")
+        mesh = init_device_mesh(device.type, tuple(sizes[d] for d in dims), mesh_dim_names=dims)
+        axes = {d: mesh[d] for d in dims}
+        if copies > 1:
+            axes["dp"] = mesh[HYBRID]._flatten("dp")
+        groups = {axis: part.get_group() for axis, part in axes.items() if part.size() > 1}
+        indices = {axis: part.get_local_rank() for axis, part in axes.items()}
+        return Topology(rank, world, device, sizes, mesh, axes, groups, indices, **flags)
 
     def size(self, axis: str) -> int:
         return self.degrees.get(axis, 1)
 
-    def axis(self, axis: str) -> DeviceMesh | None:
-        """The one-dimensional mesh of an axis; None in a world of one."""
-        if self.mesh is None:
-            return None
-        return self.dp_mesh if axis == "dp" and self.dp_mesh is not None else self.mesh[axis]
-
     def index(self, axis: str) -> int:
         """This rank's coordinate on an axis."""
-        mesh = self.axis(axis)
-        return 0 if mesh is None else mesh.get_local_rank()
+        return self.indices.get(axis, 0)
 
     def group(self, axis: str) -> dist.ProcessGroup | None:
-        if self.size(axis) == 1:
-            return None
-        mesh = self.axis(axis)
-        return None if mesh is None else mesh.get_group()
+        """None over an axis of one rank."""
+        return self.groups.get(axis)
 
     @property
     def is_main(self) -> bool:

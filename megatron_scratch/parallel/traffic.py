@@ -80,7 +80,7 @@ class Traffic(TorchDispatchMode):
 
 def labels(topo: Topology) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Axis with more than one rank -> (label, this rank's group on it). Axes of the same ranks share a label: `dp=world`."""
-    hybrid = topo.dp_mesh is not None
+    hybrid = topo.size("replicate") > 1
     groups = {axis: topo.group(axis) for axis in (*AXES, *(HYBRID if hybrid else ()))}
     ranks = {axis: tuple(dist.get_process_group_ranks(group)) for axis, group in groups.items() if group is not None}
     if topo.world > 1:

@@ -72,9 +72,7 @@ def _every_way(topo: Topology) -> dict[tuple[str, str], tuple[int, int]]:
             all_gather(x.bfloat16(), topo, "tp")
             reduce_scatter_rows(torch.empty(2, 3), x, group=tp)
             functional.all_reduce(x, "max", tp).sum()
-            mesh = topo.axis("tp")
-            assert mesh is not None
-            cut = DTensor.from_local(x, mesh, [Shard(0)])
+            cut = DTensor.from_local(x, topo.axes["tp"], [Shard(0)])
             cut.full_tensor()
             cut.softmax(0)  # DTensor gathers for it by itself
     return dict(seen.tally)

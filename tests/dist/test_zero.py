@@ -363,6 +363,7 @@ def _language_model(topo: Topology, name: str, tied: bool) -> tuple[list[float],
     return (total / topo.size("tp")).tolist(), {k: v for k, v in whole(engine.state()).items() if k.startswith("model.")}
 
 
+@pytest.mark.full  # tests/parity has it over more layouts
 @pytest.mark.parametrize("tied", [False, True])
 def test_language_model_whose_head_is_used_outside_of_its_module(tied: bool) -> None:
     want = _language_model(SINGLE, "", tied)
