@@ -29,7 +29,12 @@ def _store_schema() -> None:
     store.store(name="schema", node=Config)
     for kind in PER_ENTRY:
         for name in registry.names(kind):
-            store.store(group=kind, name=f"schema_{name}", node=registry.entry(kind, name).config)
+            store.store(group=kind, name=f"schema_{name}", node=_schema_of(kind, name))
+
+
+def _schema_of(kind: str, name: str) -> type:
+    """The dataclass of an entry's settings; one without has what every entry of its kind has."""
+    return registry.entry(kind, name).config or type(getattr(Config(), kind))
 
 
 def load(overrides: list[str], config_dirs: list[str] | None = None) -> Config:
@@ -39,6 +44,9 @@ def load(overrides: list[str], config_dirs: list[str] | None = None) -> Config:
         overrides: Hydra overrides, e.g. `["experiment=quickstart", "train.steps=10"]`.
         config_dirs: folders searched for YAML groups after the packaged ones (`--config-dir`).
     """
+    for word in overrides:  # before anything else: a plugin's entries have schemas and YAML groups of their own
+        if word.startswith("plugins="):
+            registry.load_plugins(list(OmegaConf.from_dotlist([word]).plugins))
     _store_schema()
     searchpath = [f"hydra.searchpath=[{','.join('file://' + str(Path(d).resolve()) for d in config_dirs)}]"] if config_dirs else []
     for folder in config_dirs or []:
@@ -57,9 +65,9 @@ def to_config(composed: DictConfig) -> Config:
     """A composed or saved tree as typed, resolved dataclasses; unknown keys and wrong types are refused."""
     try:
         schema: Any = OmegaConf.structured(Config)
+        registry.load_plugins(list(composed.get("plugins", ())))
         for kind in PER_ENTRY:
-            entry = registry.entry(kind, str(composed[kind].name))
-            schema[kind] = OmegaConf.structured(entry.config)
+            schema[kind] = OmegaConf.structured(_schema_of(kind, str(composed[kind].name)))
         _refuse_targets(OmegaConf.to_container(composed), "")
         plain = OmegaConf.create(OmegaConf.to_container(composed))  # a typed tree would keep keys added with "+"
         merged = OmegaConf.merge(schema, plain)
@@ -130,7 +138,7 @@ def _all_keys() -> list[str]:
     keys = set(_keys(OmegaConf.to_container(OmegaConf.structured(Config))))
     for kind in PER_ENTRY:
         for name in registry.names(kind):
-            keys |= {f"{kind}.{k}" for k in _keys(OmegaConf.to_container(OmegaConf.structured(registry.entry(kind, name).config)))}
+            keys |= {f"{kind}.{k}" for k in _keys(OmegaConf.to_container(OmegaConf.structured(_schema_of(kind, name))))}
     return sorted(keys)
 
 

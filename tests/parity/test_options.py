@@ -33,7 +33,7 @@ ROWS = [
 ]
 
 
-# Rows that are another row's, on more ranks.
+# The same as rows above, on more ranks.
 FULL = [
     (TP4, ["model.dropout=0.2"]),
     (TP4, ["train.z_loss=1e-2"]),

@@ -117,3 +117,28 @@ def test_free_text_arguments() -> None:
     assert (args.run, args.prompt, args.temperature, args.top_k) == ("runs/x", 'def f(x): "a" # b\n  c: [1]', 0.5, None)
     with pytest.raises(UserError, match="did you mean 'temperature'"):
         compose.parse_args(GenerateArgs, ["temprature=1"], "run")
+
+
+def test_a_plugin_brings_an_engine_with_settings_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_engines.py").write_text(
+        "from dataclasses import dataclass\n"
+        "from megatron_scratch.config.engine import EngineConfig\n"
+        "from megatron_scratch.registry import register\n"
+        "@dataclass\n"
+        "class Mine(EngineConfig):\n    name: str = 'mine'\n    pieces: int = 3\n"
+        "register('engine', 'mine', lambda cfg, parts: (cfg, parts), Mine)\n"
+        "register('engine', 'bare', lambda cfg, parts: (cfg, parts))\n"
+    )
+    (tmp_path / "engine").mkdir()
+    for name in ("mine", "bare"):
+        (tmp_path / "engine" / f"{name}.yaml").write_text(f"defaults: [schema_{name}, _self_]\nname: {name}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(registry, "_ENTRIES", {kind: dict(table) for kind, table in registry._ENTRIES.items()})
+    cfg = compose.load(["plugins=[my_engines]", "engine=mine", "engine.pieces=5"], [str(tmp_path)])
+    check(cfg, 1)
+    compose.save(cfg, tmp_path / "config.yaml")
+    again = compose.load_file(tmp_path / "config.yaml")
+    assert (again.engine.name, again.engine.pieces) == ("mine", 5) and again == cfg
+    assert vars(compose.load(["plugins=[my_engines]", "engine=bare"], [str(tmp_path)]).engine) == {"name": "bare"}
+    with pytest.raises(UserError, match="engine.bucket_mb"):
+        compose.load(["plugins=[my_engines]", "engine=mine", "engine.bucket_mb=1"], [str(tmp_path)])
