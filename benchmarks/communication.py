@@ -48,7 +48,7 @@ LAYOUTS = [(2, "engine=ddp"), (4, "engine=ddp"), (2, "engine=fsdp"), (3, "engine
            *((4, f"{engine} parallel.tp=2 {more}") for engine in ("engine=ddp", "engine=fsdp")
              for more in (PLAIN, "parallel.overlap=true", "precision=bf16")),
            (4, f"engine=fsdp parallel.tp=2 {KEPT} {PLAIN} precision=bf16"),
-           (2, "engine=zero1"), (3, "engine=zero2"), (3, "engine=zero3"), (2, "engine=zero1 precision=bf16"),
+           (2, "engine=zero1"), (3, "engine=zero2"), (3, "engine=zero3 engine.persist=100"), (2, "engine=zero1 precision=bf16"),
            *((4, f"engine=zero{stage} parallel.tp=2 {PLAIN} precision=bf16") for stage in (2, 3))]  # fmt: skip
 
 
@@ -104,12 +104,12 @@ def expected(cfg: Config, topo: Topology, microbatches: int) -> Tally:
         shard, index = topo.size("shard"), topo.index("shard" if topo.size("replicate") > 1 else "dp")
         messages = traffic.fsdp(step, layers, outer, shard, cfg.engine.reshard_after_forward)
     else:
-        from megatron_scratch.engine.zero import PERSIST, STAGES
+        from megatron_scratch.engine.zero import STAGES
 
         assert not partial, "not in these formulas: DeepSpeed decides which rank has whose gradients"
         groups = [[tuple(local(x).shape) for x in g["params"]] for g in param_groups(core.named_parameters(), cfg.optim)]
         shard = topo.size("dp")
-        messages = traffic.zero(step, STAGES[engine], groups, shard, PERSIST)
+        messages = traffic.zero(step, STAGES[engine], groups, shard, getattr(cfg.engine, "persist", 0))
     chunks = -(-tokens // chunk_tokens(cfg.model.padded_vocab // p.tp))
     messages += traffic.tensor_parallel(step, p.tp, topo.sequence_parallel, p.overlap, chunks, traffic.own(partial, shard, index))
     return traffic.tally([*messages, *traffic.once(step, cut=p.tp > 1 or shard > 1)], topo)

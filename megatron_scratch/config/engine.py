@@ -69,6 +69,7 @@ class Zero3Config(ZeroConfig):
 
     name: str = "zero3"
     offload_param: bool = False  # this rank's part of the weights lives in host memory
+    persist: int = 10_000  # parameters of fewer numbers (norms, biases) stay whole on every rank, and are gathered once a step
 
 
 def replicas(e: Any, dp: int, nodes: int) -> int:
@@ -93,6 +94,8 @@ def check_engine(e: Any, precision: str, optim: Any, tp: int, compiled: bool) ->
     """Refuse what an engine cannot do."""
     if getattr(e, "bucket_mb", 1) < 1:
         raise UserError(f"engine.bucket_mb={e.bucket_mb} must be at least 1")
+    if getattr(e, "persist", 0) < 0:
+        raise UserError(f"engine.persist={e.persist} must not be negative")
     if isinstance(e, ZeroConfig) and find_spec("deepspeed") is None:
         raise UserError(f"engine={e.name} needs DeepSpeed, which is not installed; {INSTALL}")
     if isinstance(e, ZeroConfig) and precision == "fp64":

@@ -5,7 +5,7 @@ from __future__ import annotations
 from copy import deepcopy
 from math import sqrt
 
-from megatron_scratch.config.engine import HSDPConfig
+from megatron_scratch.config.engine import HSDPConfig, Zero3Config
 from megatron_scratch.config.model import ModelConfig
 from megatron_scratch.config.optim import ScheduleConfig
 from megatron_scratch.config.schema import Config, check
@@ -59,6 +59,8 @@ def shrink(cfg: Config, world: int) -> Config:
     accumulation = max(1, t.global_batch_size // (t.micro_batch_size * old_dp))
     t.micro_batch_size = min(t.micro_batch_size, MICRO)
     t.global_batch_size = t.micro_batch_size * dp * min(accumulation, MICROBATCHES)
+    if isinstance(small.engine, Zero3Config):  # norms and biases stay whole, as before, and matrices are gathered
+        small.engine.persist = min(small.engine.persist, small.model.hidden_size)
     t.seq_len, t.ramp, t.compile = small.model.max_seq_len, BatchRamp(), False
     small.launcher.processes = world
     small.schedule = ScheduleConfig()

@@ -44,7 +44,6 @@ from megatron_scratch.util.errors import UserError
 
 VERSION = "0.19."
 STAGES = {"zero1": 1, "zero2": 2, "zero3": 3}
-PERSIST = 10_000  # numbers: smaller parameters (norms, biases) stay whole on every rank in stage 3, and are gathered once a step
 
 
 class ZeroEngine:
@@ -224,13 +223,15 @@ def _config(cfg: ZeroConfig, stage: int, bf16: bool, topo: Topology) -> dict[str
     host = {"device": "cpu", "pin_memory": topo.device.type == "cuda"}
     zero: dict[str, Any] = {
         "stage": stage, "reduce_bucket_size": elements, "allgather_bucket_size": elements,
-        "stage3_prefetch_bucket_size": elements, "stage3_param_persistence_threshold": PERSIST,
+        "stage3_prefetch_bucket_size": elements,
         "compute_grad_norm": stage == 3 or cfg.offload_optimizer,  # where DeepSpeed cannot do without its own
     }  # fmt: skip
     if cfg.offload_optimizer:
         zero["offload_optimizer"] = host
-    if isinstance(cfg, Zero3Config) and cfg.offload_param:
-        zero["offload_param"] = host
+    if isinstance(cfg, Zero3Config):
+        zero["stage3_param_persistence_threshold"] = cfg.persist
+        if cfg.offload_param:
+            zero["offload_param"] = host
     return {
         "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1, "gradient_clipping": 0.0,
         "gradient_allreduce_op": "mean" if stage == 3 else "sum",

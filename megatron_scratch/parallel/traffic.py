@@ -181,7 +181,8 @@ def zero(step: Step, stage: int, groups: Sequence[Sequence[Shape]], dp: int, per
     small, large = ([(n,) for group in sizes for n in group if (n < persist) == kept] for kept in (True, False))
     gathered = padded(small, dp) + m * padded(large, dp)
     own_norm = [(axis, "all_reduce", len(groups), 8 * len(groups)) for axis in ("dp", "tp")]  # in fp64; nobody reads it
-    return [*own_norm, ("dp", "all_gather", len(small) + m * len(large), gathered * step.given),
+    fetches = min(2, len(large))  # what the first module uses, and one prefetch of all the rest
+    return [*own_norm, ("dp", "all_gather", len(small) + m * fetches, gathered * step.given),
             ("dp", "reduce_scatter", m, m * padded([*small, *large], dp) * step.master)]  # fmt: skip
 
 

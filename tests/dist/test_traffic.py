@@ -51,6 +51,9 @@ class Checked(Traffic):
         (2, "parallel.tp=2 parallel.sequence_parallel=false model.qk_norm=true"),
         (4, "engine=ddp parallel.tp=2 parallel.overlap=true"),
         (4, "engine=fsdp engine.reshard_after_forward=false parallel.tp=2 precision=bf16"),
+        (2, "engine=zero1"),
+        (3, "engine=zero2 precision=bf16"),
+        (2, "engine=zero3 engine.persist=100"),
     ],
 )
 def test_a_step_sends_what_the_formulas_say(world: int, words: str, monkeypatch: pytest.MonkeyPatch) -> None:

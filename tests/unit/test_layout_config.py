@@ -32,6 +32,7 @@ REFUSED = [
     (1, ["engine=fsdp", "engine.bucket_mb=10"], ["engine.bucket_mb"]),
     (1, ["engine=ddp", "engine.bucket_mb=0"], ["engine.bucket_mb=0", "at least 1"]),
     (1, ["engine=zero1", "engine.offload_param=true"], ["engine.offload_param"]),
+    (1, ["engine=zero3", "engine.persist=-1"], ["engine.persist=-1", "negative"]),
     (1, ["engine=zero2", "precision=fp64"], ["precision=fp64", "engine=zero2", "fsdp"]),
     (1, ["engine=zero3", "train.compile=true"], ["train.compile=true", "engine=zero3"]),
     (2, ["engine=fsdp", "optim=muon", "train.micro_batch_size=8"], ["optim=muon", "engine=fsdp", "optim=adamw"]),
