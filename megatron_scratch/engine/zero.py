@@ -39,7 +39,7 @@ from megatron_scratch.parallel.collectives import all_reduce_world, sum_over
 from megatron_scratch.parallel.layout import localize
 from megatron_scratch.parallel.pieces import Pieces
 from megatron_scratch.parallel.topology import Topology
-from megatron_scratch.util.deepspeed_env import prepare
+from megatron_scratch.util.env import prepare_deepspeed
 from megatron_scratch.util.errors import UserError
 
 VERSION = "0.19."
@@ -183,7 +183,7 @@ def import_deepspeed(engine: str, device: torch.device) -> Any:
     Raises:
         UserError: it is not installed, or of a version whose insides `zero_state` does not know.
     """
-    prepare(device.index or 0, device.type == "cpu")
+    prepare_deepspeed(device.index or 0, device.type == "cpu")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what its modules warn of while they are imported is not ours to mend

@@ -15,7 +15,7 @@ from megatron_scratch.util.errors import UserError
 def world_size(cfg: Config) -> int:
     """Processes of a local run: as given, all local GPUs, or the fewest that the layout needs."""
     check_parallel(cfg.parallel)
-    need = cfg.parallel.tp * cfg.parallel.pp * cfg.parallel.cp
+    need = cfg.parallel.tp * cfg.parallel.pp * cfg.parallel.cp * (getattr(cfg.engine, "replicas", None) or 1)
     if cfg.launcher.processes is not None:
         if cfg.launcher.processes < 1:
             raise UserError(f"launcher.processes={cfg.launcher.processes} must be at least 1")

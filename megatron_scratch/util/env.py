@@ -1,4 +1,4 @@
-"""The only reader of launcher variables (torchrun's RANK ..., Slurm's SLURM_PROCID ...)."""
+"""The only reader of launcher variables (torchrun's RANK ..., Slurm's SLURM_PROCID ...), and the one place that sets any."""
 
 from __future__ import annotations
 
@@ -46,3 +46,15 @@ def master(env: Mapping[str, str] | None = None) -> tuple[str, int]:
     """(address, port) where the ranks of a job meet, as torchrun or an sbatch script set them."""
     env = os.environ if env is None else env
     return env["MASTER_ADDR"], int(env["MASTER_PORT"])
+
+
+def prepare_deepspeed(local_rank: int, cpu: bool) -> None:
+    """Set, where they are missing, the variables that DeepSpeed reads when it is imported; its own launcher would.
+
+    Args:
+        local_rank: number of this process's device on its machine.
+        cpu: training runs on the CPU. Said outright, because DeepSpeed's own search for an accelerator warns when it finds none.
+    """
+    os.environ.setdefault("LOCAL_RANK", str(local_rank))
+    if cpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
