@@ -2,7 +2,7 @@
 
 # No `from __future__ import annotations`: DDP reads the types of its hook and does not take strings.
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -12,8 +12,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from megatron_scratch.config.engine import DDPConfig
-from megatron_scratch.engine.base import Parts, Shapes
-from megatron_scratch.engine.update import Update
+from megatron_scratch.engine.base import Parts
+from megatron_scratch.engine.torch_engine import TorchEngine
 from megatron_scratch.parallel.layout import localize
 
 # torch 2.13 renamed the argument and warns of the old name; 2.11 knows only the old one.
@@ -27,7 +27,7 @@ def _sum_bucket(group: dist.ProcessGroup, bucket: dist.GradBucket) -> torch.futu
     return work.get_future().then(lambda done: done.value()[0])
 
 
-class DDPEngine:
+class DDPEngine(TorchEngine):
     """`torch.nn.parallel.DistributedDataParallel` over the dp axis; over one rank, nothing at all."""
 
     def __init__(self, cfg: DDPConfig, parts: Parts) -> None:
@@ -41,7 +41,7 @@ class DDPEngine:
             self.wrapped = DistributedDataParallel(parts.model, device_ids=ids, process_group=group, bucket_cap_mb=cfg.bucket_mb,
                                                    gradient_as_bucket_view=True, **{_SYNC_BUFFERS: False})  # fmt: skip
             self.wrapped.register_comm_hook(group, _sum_bucket)
-        self.update = Update(dict(parts.core.named_parameters()), layouts, parts)
+        super().__init__(dict(parts.core.named_parameters()), layouts, parts)
 
     def forward(self, *args: Any) -> torch.Tensor:
         return self.wrapped(*args)
@@ -52,16 +52,4 @@ class DDPEngine:
         with nullcontext() if alone else self.wrapped.no_sync():
             yield
         if last:
-            self.update.finish_gradients()
-
-    def backward(self, loss: torch.Tensor) -> None:
-        loss.backward()
-
-    def step(self, lr: float) -> torch.Tensor:
-        return self.update.step(lr)
-
-    def state(self) -> dict[str, Any]:
-        return self.update.state()
-
-    def load(self, shapes: Shapes, fill: Callable[[dict[str, Any]], None]) -> None:
-        self.update.load(shapes, fill)
+            self.finish_gradients()

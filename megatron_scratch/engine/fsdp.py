@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,13 +10,13 @@ import torch
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from megatron_scratch.config.engine import FSDPConfig
-from megatron_scratch.engine.base import Parts, Shapes
-from megatron_scratch.engine.update import Update
+from megatron_scratch.engine.base import Parts
+from megatron_scratch.engine.torch_engine import TorchEngine
 from megatron_scratch.parallel.layout import layouts
 from megatron_scratch.parallel.topology import HYBRID
 
 
-class FSDPEngine:
+class FSDPEngine(TorchEngine):
     """`fully_shard` over dp, a unit per layer and one for what is outside of them; over one rank, nothing at all.
 
     Weights are gathered in the compute dtype, gradients are reduced in the master's. With engine=hsdp the mesh is
@@ -42,7 +42,7 @@ class FSDPEngine:
                     module.set_gradient_divide_factor(1.0)
                     module.set_force_sum_reduction_for_comms(True)
         parts.fill()
-        self.update = Update(dict(parts.core.named_parameters()), table, parts)
+        super().__init__(dict(parts.core.named_parameters()), table, parts)
 
     def forward(self, *args: Any) -> torch.Tensor:
         return self.model(*args)
@@ -54,16 +54,4 @@ class FSDPEngine:
             self.model.set_is_last_backward(last)
         yield
         if last:
-            self.update.finish_gradients()
-
-    def backward(self, loss: torch.Tensor) -> None:
-        loss.backward()
-
-    def step(self, lr: float) -> torch.Tensor:
-        return self.update.step(lr)
-
-    def state(self) -> dict[str, Any]:
-        return self.update.state()
-
-    def load(self, shapes: Shapes, fill: Callable[[dict[str, Any]], None]) -> None:
-        self.update.load(shapes, fill)
+            self.finish_gradients()

@@ -79,10 +79,10 @@ def test_norm_and_clipping_are_torchs() -> None:
     x = torch.randn(4, 5, generator=torch.Generator().manual_seed(2))
     for e in (engine, twin):
         e.backward(e.forward(x))
-    norm = torch.nn.utils.clip_grad_norm_(list(twin.update.named.values()), 0.05)
-    clipped = [p.grad.clone() for p in twin.update.named.values()]
+    norm = torch.nn.utils.clip_grad_norm_(list(twin.named.values()), 0.05)
+    clipped = [p.grad.clone() for p in twin.named.values()]
     seen: list[torch.Tensor] = []
-    engine.update.optimizer.register_step_pre_hook(lambda *_: seen.extend(p.grad.clone() for p in engine.update.plain.values()))
+    engine.optimizer.register_step_pre_hook(lambda *_: seen.extend(p.grad.clone() for p in engine.plain.values()))
     assert engine.step(1e-2).item() == pytest.approx(norm.item(), rel=1e-6)
     for got, want in zip(seen, clipped, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-8)

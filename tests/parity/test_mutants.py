@@ -12,7 +12,7 @@ import torch.distributed as dist
 from cells import Cell, References, compare
 
 from megatron_scratch.engine import clip, ddp, fsdp
-from megatron_scratch.engine.update import Update
+from megatron_scratch.engine.torch_engine import TorchEngine
 from megatron_scratch.models import decoder, dropout, linear, objective
 from megatron_scratch.parallel import tensor
 from megatron_scratch.parallel.topology import Topology
@@ -58,9 +58,9 @@ REDUCTIONS: list[Mutant] = [
     ("a gradient scaled by 1/tp: averaged over tp",
      method(tensor._Gather, "backward", lambda ctx, dy: (tensor._scatter(dy, ctx.group) / 2, None)), SEQUENCE, [], "gradient"),
     ("partial gradients of norms not added up",
-     replace(Update, "finish_gradients", lambda self: None), LLAMA, [], "gradient"),
+     replace(TorchEngine, "finish_gradients", lambda self: None), LLAMA, [], "gradient"),
     ("partial gradients added up in every microbatch",
-     replace(ddp.DDPEngine, "backward", lambda self, loss: (loss.backward(), self.update.finish_gradients())),
+     replace(ddp.DDPEngine, "backward", lambda self, loss: (loss.backward(), self.finish_gradients())),
      LLAMA, [], "gradient"),
     ("copied key/value heads keep their part of the gradient",
      replace(linear, "shard_param", lambda *a, whole=linear.shard_param, **k: whole(*a, **{**k, "partial": False})),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from megatron_scratch.cli import main
-from megatron_scratch.engine.update import Update
+from megatron_scratch.engine.torch_engine import TorchEngine
 from megatron_scratch.train.parity import ALL
 
 
@@ -18,7 +18,7 @@ def test_equal(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_not_equal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Update, "finish_gradients", lambda self: None)  # norms keep the gradient of their own tokens
+    monkeypatch.setattr(TorchEngine, "finish_gradients", lambda self: None)  # norms keep the gradient of their own tokens
     assert main(["parity", "parallel.tp=2", "launcher.processes=2", "parity.steps=1"]) == 1
     out = capsys.readouterr().out
     failed = [line for line in out.splitlines() if line.startswith("  FAIL gradient  ")]

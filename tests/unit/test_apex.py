@@ -158,7 +158,7 @@ def train(made: Engine, first: int, last: int) -> dict[str, torch.Tensor]:
     """Steps with gradients that only depend on the step. Returns a copy of the state."""
     for step in range(first, last):
         generator = torch.Generator().manual_seed(step)
-        for p in made.update.named.values():
+        for p in made.named.values():
             p.grad = torch.randn(p.shape, generator=generator)
         made.step(1e-2 / (step + 1))
     return {name: tensor.clone() for name, tensor in made.state().items()}
@@ -181,8 +181,8 @@ def close(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> None:
 
 def test_five_steps_are_torchs(apex: None) -> None:
     made = engine("apex")
-    assert type(made.update.optimizer).__module__ == "apex.optimizers"
-    assert {group["weight_decay"] for group in made.update.optimizer.param_groups} == {0.0, 0.1}
+    assert type(made.optimizer).__module__ == "apex.optimizers"
+    assert {group["weight_decay"] for group in made.optimizer.param_groups} == {0.0, 0.1}
     close(train(made, 0, 5), train(engine("torch"), 0, 5))
 
 

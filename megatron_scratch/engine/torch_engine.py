@@ -1,4 +1,4 @@
-"""The half of a step that ddp and fsdp share: one tensor and one optimizer state per parameter, under torch's own optimizers."""
+"""What ddp and fsdp share: one tensor and one optimizer state per parameter, under torch's own optimizers."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from megatron_scratch.parallel.collectives import sum_over
 from megatron_scratch.parallel.layout import Layout, local
 
 
-class Update:
-    """Finish gradients, clip, step, name the state.
+class TorchEngine:
+    """Four of an engine's six methods, and `finish_gradients`; how gradients come about is its subclasses'.
 
     The optimizer works on plain tensors that share their memory with the parameters: its kernels are elementwise, know nothing of
     DTensors (torch has no sharding rule for most fused ones), and skip their dispatch. The outside sees parts of global tensors.
@@ -30,6 +30,9 @@ class Update:
         self.named, self.layouts, self.topo, self.clip = dict(named), layouts, parts.topo, parts.clip
         self.plain = {name: nn.Parameter(local(p.detach())) for name, p in self.named.items()}
         self.optimizer = parts.make_optimizer(self.plain)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        loss.backward()
 
     def finish_gradients(self) -> None:
         """Add up over tp what is partial, in one message."""
