@@ -83,7 +83,7 @@ def test_a_model_trained_over_tp_is_evaluated_and_writes_in_one_process(
     assert main(["generate", str(tmp_path), "prompt=import", "max_new_tokens=4", "stop_at_eod=false"]) == 0
 
 
-@pytest.mark.parametrize("layout", ["one", "tp", "fsdp_tp"])
+@pytest.mark.parametrize("layout", ["one", "tp"])
 def test_an_id_outside_of_the_vocabulary_ends_every_layout_alike(
     layout: str, corpus: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
