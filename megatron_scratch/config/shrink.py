@@ -17,7 +17,7 @@ MICROBATCHES, MICRO, COPIES = 4, 2, 2
 MOST_STEPS = 10  # worst error in fp32 after 3, 10 and 30 steps: 3e-6, 8e-6, 6e-5
 
 
-def small_world(cfg: Config, nodes: int = 1) -> int:
+def small_world(cfg: Config) -> int:
     """Processes that show everything a layout does: its tp, pp, cp, and two data-parallel ranks (of each replica)."""
     check_parallel(cfg.parallel)
     ranks = cfg.parallel.tp * cfg.parallel.pp * cfg.parallel.cp
@@ -34,6 +34,9 @@ def vet(cfg: Config, world: int) -> None:
     if cfg.parity.steps > MOST_STEPS and cfg.precision.name != "fp64":
         raise UserError(f"parity.steps={cfg.parity.steps} with precision={cfg.precision.name}: rounding grows from step to step, "
                         f"and no tolerance can be derived; allowed: up to {MOST_STEPS}, or any with precision=fp64")  # fmt: skip
+    if world == 1:
+        raise UserError(f"launcher.processes={cfg.launcher.processes}: one process would be compared with itself; leave it out, or "
+                        "give at least 2")  # fmt: skip
     probe = deepcopy(cfg)
     if cfg.launcher.processes is None:
         probe.train.global_batch_size *= world
@@ -74,9 +77,8 @@ def shrink(cfg: Config, world: int) -> Config:
 def _shrink_model(m: ModelConfig, tp: int, seq_len: int) -> None:
     wide, ffn = m.hidden_size, m.ffn
     heads, kv = m.num_heads, m.kv_heads
-    if kv % tp == 0:  # whole key/value heads to each rank
-        kv_small = tp if tp > 1 else min(kv, 2)
-        kv_small = kv_small if kv % kv_small == 0 else kv
+    if kv % tp == 0:  # whole key/value heads to each rank: two where there are as many, or a mix-up of their order would not show
+        kv_small = 2 * tp if kv % (2 * tp) == 0 else tp
         heads_small = kv_small * min(heads // kv, RATIO)
     else:  # copies of a key/value head on several ranks
         kv_small, heads_small = kv, tp

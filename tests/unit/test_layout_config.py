@@ -75,6 +75,11 @@ def test_parity_of_no_steps_or_too_many_is_refused(capsys: pytest.CaptureFixture
     assert "allowed: up to 10, or any with precision=fp64" in capsys.readouterr().err
 
 
+def test_parity_of_one_process_with_itself_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["parity", "launcher.processes=1"]) == 2
+    assert "launcher.processes=1: one process would be compared with itself" in capsys.readouterr().err
+
+
 def test_deepspeed_is_named_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("megatron_scratch.config.engine.find_spec", lambda name: None)
     with pytest.raises(UserError, match="engine=zero2 needs DeepSpeed, which is not installed; pip install .*, or use engine=fsdp"):
