@@ -31,6 +31,7 @@ from megatron_scratch.parallel.traffic import Step, Tally, Traffic
 from megatron_scratch.train import build
 from megatron_scratch.train.batches import BatchPlan
 from megatron_scratch.train.forked import run_ranks
+from megatron_scratch.train.passes import WholeModel
 from megatron_scratch.train.step import TrainStep
 from megatron_scratch.util.env import Rank
 
@@ -74,7 +75,8 @@ def measure(rank: Rank, cfg: Config, counts: tuple[int, ...] = MICROBATCHES) -> 
 
     def steps(m: int) -> TrainStep:
         train = replace(cfg.train, global_batch_size=m * cfg.train.global_batch_size)
-        return TrainStep(engine, build.loader(cfg, Tokens(), topo), BatchPlan(train), topo, lambda _: 1e-3, None, lambda: False)
+        loader = build.loader(cfg, Tokens(), topo)
+        return TrainStep(WholeModel(engine, topo), loader, BatchPlan(train), topo, lambda _: 1e-3, None, lambda: False)
 
     for first in range(2):  # DDP makes its buckets in the first, and tells of them in the second
         steps(1)(first)

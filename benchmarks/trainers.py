@@ -123,6 +123,7 @@ def ours(job: Job) -> None:
     from megatron_scratch.train import build
     from megatron_scratch.train.batches import BatchPlan
     from megatron_scratch.train.loop import train
+    from megatron_scratch.train.passes import WholeModel
     from megatron_scratch.train.step import TrainStep
     from megatron_scratch.util.env import Rank
 
@@ -143,7 +144,8 @@ def ours(job: Job) -> None:
     with build.process_group(cfg, Rank(), None) as topo:
         _, engine = build.build_engine(cfg, topo)
         loader = build.loader(cfg, Windows(), topo)
-        step = TrainStep(engine, loader, BatchPlan(cfg.train), topo, build.learning_rate(cfg), None, lambda: False)
+        passes, plan = WholeModel(engine, topo), BatchPlan(cfg.train)
+        step = TrainStep(passes, loader, plan, topo, build.learning_rate(cfg), None, lambda: False)
         train(0, FOREVER, step, [])
 
 

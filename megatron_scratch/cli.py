@@ -22,11 +22,12 @@ USAGE = """megatron-scratch VERB [key=value ...]
   generate       text from a trained model             RUN [prompt=TEXT] [max_new_tokens=N] [temperature=T]
   parity         the same numbers under this layout?   [any config key]
   bench          tokens/s and MFU of a training step   [any config key]
+  doctor         this machine: what is here, is it right?
 
   train, parity, bench and data prepare take --print (show the config and stop) and --config-dir DIR (your own YAML groups).
   `python -m megatron_scratch` is the same. Exit codes: 0 finished, 2 bad input, 75 stopped with a checkpoint, 1 failed."""
 
-LATER = ("plan", "ckpt", "report", "doctor")
+LATER = ("plan", "ckpt", "report")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -169,6 +170,14 @@ def _bench(words: list[str]) -> int:
     return OK
 
 
+def _doctor(words: list[str]) -> int:
+    if words:
+        raise UserError(f"doctor takes no arguments, got {words[0]!r}; it looks at the machine, not at a config")
+    from megatron_scratch.train.doctor import doctor
+
+    return OK if doctor(lambda line: print(line, flush=True)) else FAILED
+
+
 def _parity(words: list[str]) -> int:
     cfg = _composed(words)
     if cfg is None:
@@ -189,5 +198,5 @@ def _parity(words: list[str]) -> int:
 
 VERBS: dict[str, Callable[[list[str]], int]] = {
     "data prepare": _data_prepare, "data inspect": _data_inspect, "train": _train, "eval": _eval, "generate": _generate,
-    "parity": _parity, "bench": _bench,
+    "parity": _parity, "bench": _bench, "doctor": _doctor,
 }  # fmt: skip

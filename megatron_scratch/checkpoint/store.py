@@ -135,12 +135,14 @@ def load(folder: Path, manifest: dict[str, Any], state: State, topo: Topology, o
         UserError: names, shapes or dtypes differ: this checkpoint is of another model or optimizer.
     """
     saved = {name: shape for name, shape in shapes(manifest).items() if name.startswith(only)}
-    for names, where in ((sorted(set(saved) - set(state)), "the checkpoint but not in this run"),
+    here = set(state) if topo.size("pp") == 1 else {name for stage in gather_json(sorted(state), topo, "pp") for name in stage}
+    for names, where in ((sorted(set(saved) - here), "the checkpoint but not in this run"),
                          (sorted(set(state) - set(saved)), "this run but not in the checkpoint")):  # fmt: skip
         if names:
             raise UserError(f"{folder}: {len(names)} tensors are in {where}, e.g. {names[0]}; resume with the model and optimizer "
                             "that wrote it, or start a new run directory")  # fmt: skip
-    for name, (shape, dtype) in saved.items():
+    for name in sorted(state):
+        shape, dtype = saved[name]
         if (tuple(state[name].shape), state[name].dtype) != (shape, dtype):
             raise UserError(f"{folder}: {name} is {dtype} {list(shape)} in the checkpoint and {state[name].dtype} "
                             f"{list(state[name].shape)} in this run")  # fmt: skip

@@ -30,7 +30,10 @@ class FSDPConfig(EngineConfig):
     """Parameters, gradients and optimizer state cut over the data-parallel ranks (PyTorch FSDP2), gathered layer by layer."""
 
     name: str = "fsdp"
-    reshard_after_forward: bool = True  # false: gathered weights are kept for backward: more memory, one gather less
+    # true: weights are let go of after forward and gathered again for backward; false: more memory, one gather less; None: true
+    # without a pipeline, and false with one, where each microbatch would gather again
+    reshard_after_forward: Optional[bool] = None
+    reduce_every_microbatch: bool = False  # true: a rank holds its part of the gradients only; a reduce-scatter a microbatch
 
 
 @dataclass
@@ -90,8 +93,11 @@ def replicas(e: Any, dp: int, nodes: int) -> int:
     return copies
 
 
-def check_engine(e: Any, precision: str, optim: Any, tp: int, compiled: bool) -> None:
+def check_engine(e: Any, precision: str, optim: Any, tp: int, pp: int, compiled: bool) -> None:
     """Refuse what an engine cannot do."""
+    if isinstance(e, ZeroConfig) and pp > 1:
+        raise UserError(f"engine={e.name} with parallel.pp={pp}: DeepSpeed's ZeRO counts one forward and one backward at a time; "
+                        "use engine=ddp, fsdp or hsdp, or parallel.pp=1")  # fmt: skip
     if getattr(e, "bucket_mb", 1) < 1:
         raise UserError(f"engine.bucket_mb={e.bucket_mb} must be at least 1")
     if getattr(e, "persist", 0) < 0:

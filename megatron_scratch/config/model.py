@@ -51,7 +51,7 @@ class ModelConfig:
     fused_qkv: bool = True  # one weight, rows grouped per KV head; False: separate q, k, v
     qk_norm: bool = False  # RMSNorm over head_dim on queries and keys (Qwen3)
     sliding_window: Optional[int] = None  # a token sees itself and the window-1 tokens before it
-    attention: str = "auto"  # a backend of models/attend.py; reference is the yardstick
+    attention: str = "auto"  # auto | reference | sdpa | matmul | flex | flash_attn: docs/kernels.md says which can do what
     tie_embeddings: bool = False
     dropout: float = 0.0
     init_std: float = 0.02

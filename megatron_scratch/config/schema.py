@@ -6,10 +6,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_scratch import registry
+from megatron_scratch.config.attention import check_attention
 from megatron_scratch.config.data import CorpusConfig, DataConfig, check_corpus, check_data
 from megatron_scratch.config.engine import EngineConfig, check_engine, replicas
 from megatron_scratch.config.model import ModelConfig, check_model
 from megatron_scratch.config.optim import OptimConfig, ScheduleConfig, check_optim, check_schedule
+from megatron_scratch.config.pipeline import check_pipeline
+from megatron_scratch.config.precision import PrecisionConfig, check_precision
+from megatron_scratch.config.recompute import check_recompute
 from megatron_scratch.config.train import (
     BenchConfig,
     CheckpointConfig,
@@ -17,12 +21,12 @@ from megatron_scratch.config.train import (
     LoggingConfig,
     ParallelConfig,
     ParityConfig,
-    PrecisionConfig,  # fmt: skip
     TrainConfig,
     check_batch,
     check_checkpoint,
     check_parallel,
     check_tensor,
+    microbatches,
 )
 from megatron_scratch.util.errors import UserError, choice
 
@@ -54,6 +58,7 @@ class Config:
 def check(cfg: Config, world: int, nodes: int = 1) -> None:
     """Refuse what cannot run on `world` processes. Sections check themselves; below them, the rules between sections."""
     check_model(cfg.model)
+    check_attention(cfg.model, cfg.precision.name, cfg.data.mask_documents, here=cfg.launcher.name == "local")
     check_parallel(cfg.parallel)
     check_data(cfg.data)
     check_optim(cfg.optim)
@@ -68,7 +73,10 @@ def check(cfg: Config, world: int, nodes: int = 1) -> None:
                         f"give launcher.processes={-(-world // model_ranks) * model_ranks}, or leave it out")  # fmt: skip
     dp = world // model_ranks
     check_batch(cfg.train, dp)
-    check_engine(cfg.engine, cfg.precision.name, cfg.optim, cfg.parallel.tp, cfg.train.compile)
+    check_engine(cfg.engine, cfg.precision.name, cfg.optim, cfg.parallel.tp, cfg.parallel.pp, cfg.train.compile)
+    check_pipeline(cfg.parallel, cfg.model.num_layers, microbatches(cfg.train, dp), cfg.train.compile)
+    check_precision(cfg.precision, cfg.engine.name, dp, cfg.parallel, cfg.model, cfg.train.micro_batch_size * cfg.train.seq_len)
+    check_recompute(cfg.parallel, cfg.model, cfg.engine.name, cfg.train.compile)
     replicas(cfg.engine, dp, nodes)
     check_tensor(cfg.model, cfg.train, cfg.parallel)
     if cfg.train.seq_len > cfg.model.max_seq_len:

@@ -8,8 +8,9 @@ from math import sqrt
 from megatron_scratch.config.engine import HSDPConfig, Zero3Config
 from megatron_scratch.config.model import ModelConfig
 from megatron_scratch.config.optim import ScheduleConfig
+from megatron_scratch.config.pipeline import schedule_of, virtual_stages
 from megatron_scratch.config.schema import Config, check
-from megatron_scratch.config.train import BatchRamp, check_parallel
+from megatron_scratch.config.train import BatchRamp, ParallelConfig, check_parallel
 from megatron_scratch.util.errors import UserError
 
 LAYERS, HEAD, RATIO, TOKENS, VOCAB = 2, 8, 4, 16, 251  # a prime vocabulary: its padding lies on some tp ranks only
@@ -55,13 +56,15 @@ def shrink(cfg: Config, world: int) -> Config:
     p, t = small.parallel, small.train
     dp = world // (p.tp * p.pp * p.cp)
     _shrink_model(small.model, p.tp, min(t.seq_len, max(TOKENS, p.tp)))
+    _shrink_pipeline(small, cfg.model.num_layers)
+    p.recompute_every = min(p.recompute_every, small.model.num_layers)
     if isinstance(small.engine, HSDPConfig):
         small.engine.replicas = COPIES
     was = small.launcher.processes
     old_dp = 1 if was is None else max(1, was // (p.tp * p.pp * p.cp))
     accumulation = max(1, t.global_batch_size // (t.micro_batch_size * old_dp))
     t.micro_batch_size = min(t.micro_batch_size, MICRO)
-    t.global_batch_size = t.micro_batch_size * dp * min(accumulation, MICROBATCHES)
+    t.global_batch_size = t.micro_batch_size * dp * min(accumulation, max(MICROBATCHES, _microbatches(p)))
     if isinstance(small.engine, Zero3Config):  # norms and biases stay whole, as before, and matrices are gathered
         small.engine.persist = min(small.engine.persist, small.model.hidden_size)
     t.seq_len, t.ramp, t.compile = small.model.max_seq_len, BatchRamp(), False
@@ -72,6 +75,21 @@ def shrink(cfg: Config, world: int) -> Config:
         small.optim.kernel = "torch"
     small.data.check_ids = True
     return small
+
+
+def _shrink_pipeline(cfg: Config, layers: int) -> None:
+    """A layer or two to a stage, uneven where there are enough: stages of one size hide who has which."""
+    p = cfg.parallel
+    stages = p.pp * virtual_stages(p)
+    cfg.model.num_layers = min(layers, LAYERS if p.pp == 1 else stages + 1)
+    if p.stages is not None:
+        extra = p.stages.index(max(p.stages)) if cfg.model.num_layers > stages else -1
+        p.stages = [1 + (number == extra) for number in range(stages)]
+
+
+def _microbatches(p: ParallelConfig) -> int:
+    """Enough for a schedule to reach its steady state: more than a round, and rounds of one size."""
+    return 1 if p.pp == 1 else 2 * max(1, schedule_of(p).fill) * p.pp
 
 
 def _shrink_model(m: ModelConfig, tp: int, seq_len: int) -> None:
@@ -88,7 +106,6 @@ def _shrink_model(m: ModelConfig, tp: int, seq_len: int) -> None:
     m.head_dim = head if per_head != 1 else None
     m.num_heads, m.num_kv_heads = heads_small, None if m.num_kv_heads is None else kv_small
     m.ffn_size = max(1, round(m.hidden_size * ffn / wide / tp)) * tp
-    m.num_layers = min(m.num_layers, LAYERS)
     m.vocab_size = min(m.vocab_size or VOCAB, VOCAB)
     m.max_seq_len = seq_len
     m.sliding_window = None if m.sliding_window is None else min(m.sliding_window, seq_len // 2)

@@ -1,4 +1,4 @@
-"""The sections about the run itself: `train`, `parallel`, `precision`, `checkpoint`, `logging`, `launcher`."""
+"""The sections about the run itself: `train`, `parallel`, `checkpoint`, `logging`, `launcher`."""
 
 from __future__ import annotations
 
@@ -44,16 +44,16 @@ class ParallelConfig:
     sequence_parallel: Optional[bool] = None  # between tensor-parallel layers a rank keeps 1/tp of the tokens; None: with tp > 1
     overlap: bool = False  # tp messages of backward travel while matrices are multiplied; the same bits, see docs/parallel.md
     pp: int = 1
+    schedule: str = "1f1b"  # of the pipeline: an entry of config/pipeline.py
+    virtual_stages: Optional[int] = None  # stages on each pipeline rank; None: what the schedule needs, 1 or 2
+    stages: Optional[list[int]] = None  # layers of each stage, first to last; None: balanced by cost
     cp: int = 1
     ep: int = 1
-
-
-@dataclass
-class PrecisionConfig:
-    """fp32: everything. bf16: bf16 compute, fp32 master weights, gradients, reductions, norm statistics, softmax and loss.
-    fp64: everything, to find errors of logic that rounding hides."""
-
-    name: str = "fp32"
+    recompute: str = "none"  # none | full | selective | ops | budget: what backward computes again instead of keeping it
+    recompute_every: int = 1  # full: every n-th layer
+    recompute_save: list[str] = field(default_factory=list)  # ops: whose results are kept: attention, matmul
+    recompute_budget: Optional[float] = None  # budget: the part of the activations that is kept, 0 to 1
+    offload_activations: bool = False  # what is kept for backward waits in host memory
 
 
 @dataclass
@@ -122,11 +122,24 @@ def check_batch(t: TrainConfig, dp: int) -> None:
                             f"{dp} = {unit}; nearest that are: {near}")  # fmt: skip
 
 
+def microbatches(t: TrainConfig, dp: int) -> dict[str, int]:
+    """Microbatches of a step on a data-parallel rank, by the key that they come from: with a ramp, the fewest and each size."""
+    unit = t.micro_batch_size * dp
+    out = {f"train.global_batch_size={t.global_batch_size}": t.global_batch_size // unit}
+    if t.ramp.start is not None:
+        sizes = range(t.ramp.start, t.global_batch_size, t.ramp.increment)
+        out |= {f"train.ramp at a batch of {size}": size // unit for size in sizes}
+    return out
+
+
 def check_parallel(p: ParallelConfig) -> None:
     """Degrees that this version has, and options that can take effect."""
-    if p.tp < 1:
-        raise UserError(f"parallel.tp={p.tp} must be at least 1")
-    for axis, word in {"pp": "pipeline", "cp": "context", "ep": "expert"}.items():
+    for key in ("tp", "pp"):
+        if getattr(p, key) < 1:
+            raise UserError(f"parallel.{key}={getattr(p, key)} must be at least 1")
+    if p.virtual_stages is not None and p.virtual_stages < 1:
+        raise UserError(f"parallel.virtual_stages={p.virtual_stages} must be at least 1, or null for what the schedule needs")
+    for axis, word in {"cp": "context", "ep": "expert"}.items():
         if getattr(p, axis) != 1:
             raise UserError(f"parallel.{axis}={getattr(p, axis)}: {word} parallelism is not in this version; allowed: 1")
     if p.tp == 1:

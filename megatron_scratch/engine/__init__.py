@@ -1,5 +1,5 @@
 """Sharding engines behind one protocol."""
 
-from megatron_scratch.engine.base import Engine, Parts
+from megatron_scratch.engine.base import Engine, Parts, Staged
 
-__all__ = ["Engine", "Parts"]
+__all__ = ["Engine", "Parts", "Staged"]

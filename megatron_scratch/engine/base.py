@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -19,17 +19,20 @@ Shapes = Mapping[str, tuple[tuple[int, ...], torch.dtype]]  # what a checkpoint 
 class Parts:
     """What an engine is built from. It decides in which order: some shard before there is memory, some after."""
 
-    model: nn.Module  # what is called and wrapped: tokens and labels in, loss out
-    core: nn.Module  # the part of it whose parameter names are the global ones; its children `layers` are the units to shard by
-    fill: Callable[[], None]  # gives the meta-device model memory and its initial values
+    models: tuple[nn.Module, ...]  # what is called and wrapped: the whole model, or this rank's stages of a pipeline
+    cores: tuple[nn.Module, ...]  # the part of each whose parameter names are the global ones; `layers` are the units to shard by
+    fill: Callable[[], None]  # gives the meta-device models memory and their initial values
     make_optimizer: Callable[[dict[str, nn.Parameter]], torch.optim.Optimizer]
     topo: Topology
     clip: float  # largest gradient norm; 0: no clipping
     compute_dtype: torch.dtype = torch.float32  # of the activations; parameters are fp32 masters (fp64 in fp64)
+    tied: str = ""  # the parameter that the first and the last stage of a pipeline both hold
+    gradient_dtype: torch.dtype | None = None  # gradients are added up over microbatches and dp in it; None: the masters'
 
 
 class Engine(Protocol):
-    """Six methods. The training step knows nothing else of how a model is sharded."""
+    """Six methods, and three more of those that can hold the stages of a pipeline (`Staged`). The training step knows nothing else
+    of how a model is sharded."""
 
     def forward(self, *args: Any) -> torch.Tensor:
         """The model's forward, with whatever the engine wraps around it."""
@@ -41,8 +44,12 @@ class Engine(Protocol):
     def backward(self, loss: torch.Tensor) -> None:
         """Accumulate gradients. `loss` is this rank's sum divided by the *global* token count: gradients add up over dp."""
 
-    def step(self, lr: float) -> torch.Tensor:
-        """Clip, update, drop the gradients. Returns the global gradient norm before clipping, on the device."""
+    def step(self, lr: float, scale: float | None = None) -> torch.Tensor:
+        """Clip, update, drop the gradients. Returns the global gradient norm before clipping, on the device.
+
+        `scale` is what the loss was multiplied by: gradients are divided by it first. Given one, the norm is on the host, and where
+        it is not finite nothing is updated, on any rank; this is the one wait for the device. None: neither.
+        """
 
     def state(self) -> dict[str, Any]:
         """The live tensors: `model.NAME` and `optim.NAME.KEY`, and between the last microbatch and the step `grad.NAME`.
@@ -52,3 +59,18 @@ class Engine(Protocol):
 
     def load(self, shapes: Shapes, fill: Callable[[dict[str, Any]], None]) -> None:
         """Make room for the optimizer state that a checkpoint holds, have `fill` write into `state()`, and take it over."""
+
+
+class Staged(Engine, Protocol):
+    """An engine over several stages: the schedule calls them, and says when which gradients are there."""
+
+    calls: Sequence[nn.Module]  # the stages, wrapped
+
+    def accumulate(self, stage: int) -> None:
+        """A microbatch's gradients of a stage (counted on this rank) are there."""
+
+    def reduce(self, stage: int) -> None:
+        """All microbatches' are: sum them over dp."""
+
+    def finish_gradients(self) -> None:
+        """All stages are reduced: on return gradients are whole."""

@@ -13,7 +13,7 @@ from megatron_scratch.parallel.topology import Topology
 
 
 def _copies(gradient: torch.Tensor, world: int) -> int:
-    """How many ranks hold the same numbers: the world, over the axes that shard."""
+    """How many ranks of a pipeline stage hold the same numbers: all of them, over the axes that shard."""
     shards = 1
     if isinstance(gradient, DTensor):
         for axis, placement in enumerate(gradient.placements):
@@ -29,10 +29,11 @@ def global_norm(gradients: Sequence[torch.Tensor], topo: Topology) -> torch.Tens
     """
     by_copies: dict[int, list[torch.Tensor]] = {}
     for g in gradients:
-        by_copies.setdefault(_copies(g, topo.world), []).append(local(g))
+        by_copies.setdefault(_copies(g, topo.world // topo.size("pp")), []).append(local(g))
     dtype = torch.promote_types(gradients[0].dtype, torch.float32) if gradients else torch.float32
     total = torch.zeros((), device=topo.device, dtype=dtype)
-    replicated = set(by_copies) <= {topo.world}  # plain data parallel: every rank has the whole sum, no message needed
+    # plain data parallel: every rank has the whole sum, no message needed
+    replicated = topo.size("pp") == 1 and set(by_copies) <= {topo.world}
     for copies, parts in by_copies.items():
         squares = torch.stack(torch._foreach_norm(parts, 2)).to(dtype).square().sum()
         total += squares if replicated else squares / copies

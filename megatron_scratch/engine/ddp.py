@@ -28,28 +28,66 @@ def _sum_bucket(group: dist.ProcessGroup, bucket: dist.GradBucket) -> torch.futu
 
 
 class DDPEngine(TorchEngine):
-    """`torch.nn.parallel.DistributedDataParallel` over the dp axis; over one rank, nothing at all."""
+    """`torch.nn.parallel.DistributedDataParallel` over the dp axis; over one rank, nothing at all.
+
+    The stages of a pipeline are not wrapped: DDP counts one forward, one backward, and has been seen to give wrong gradients,
+    silently, where a schedule computes weight gradients by themselves (torch 2.13). They are summed as soon as a stage has all of
+    its microbatches, while other stages go on.
+    """
 
     def __init__(self, cfg: DDPConfig, parts: Parts) -> None:
-        layouts = localize(parts.core)  # DDP's buckets are made of plain tensors
+        layouts = {name: layout for core in parts.cores for name, layout in localize(core).items()}  # buckets are of plain tensors
         parts.fill()
-        self.wrapped: nn.Module = parts.model
-        group = parts.topo.group("dp")
-        if group is not None:
-            ids = [parts.topo.device.index] if parts.topo.device.type == "cuda" else None
-            # Buffers are constants here: never synced. gradient_as_bucket_view saves one copy of the gradients.
-            self.wrapped = DistributedDataParallel(parts.model, device_ids=ids, process_group=group, bucket_cap_mb=cfg.bucket_mb,
-                                                   gradient_as_bucket_view=True, **{_SYNC_BUFFERS: False})  # fmt: skip
-            self.wrapped.register_comm_hook(group, _sum_bucket)
-        super().__init__(dict(parts.core.named_parameters()), layouts, parts)
+        self.calls, self.group, self.bucket = parts.models, parts.topo.group("dp"), cfg.bucket_mb * 2**20
+        if self.group is not None and parts.topo.size("pp") == 1:
+            self.calls = (_wrap(cfg, parts.models[0], self.group, parts.topo.device),)
+        self.of_stage = [list(core.parameters()) for core in parts.cores]
+        self.sums: list[tuple[dist.Work, torch.Tensor, list[torch.Tensor]]] = []
+        super().__init__(layouts, parts)
 
     def forward(self, *args: Any) -> torch.Tensor:
-        return self.wrapped(*args)
+        return self.calls[0](*args)  # type: ignore[no-any-return]
 
     @contextmanager
     def microbatch(self, last: bool) -> Iterator[None]:
-        alone = last or not isinstance(self.wrapped, DistributedDataParallel)
-        with nullcontext() if alone else self.wrapped.no_sync():
+        wrapped = self.calls[0]
+        with nullcontext() if last or not isinstance(wrapped, DistributedDataParallel) else wrapped.no_sync():
             yield
         if last:
             self.finish_gradients()
+
+    def accumulate(self, stage: int) -> None:
+        """They are where they belong."""
+
+    def reduce(self, stage: int) -> None:
+        if self.group is None:
+            return
+        bucket: list[torch.Tensor] = []
+        for gradient in (p.grad for p in self.of_stage[stage] if p.grad is not None):
+            bucket.append(gradient)
+            if sum(g.nbytes for g in bucket) >= self.bucket:
+                self._sum(bucket)
+                bucket = []
+        self._sum(bucket)
+
+    def _sum(self, bucket: list[torch.Tensor]) -> None:
+        if bucket:
+            flat = torch.cat([g.flatten() for g in bucket])
+            self.sums.append((dist.all_reduce(flat, group=self.group, async_op=True), flat, bucket))
+
+    def finish_gradients(self) -> None:
+        for work, flat, bucket in self.sums:
+            work.wait()
+            for gradient, part in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
+                gradient.copy_(part.view_as(gradient))
+        self.sums.clear()
+        super().finish_gradients()
+
+
+def _wrap(cfg: DDPConfig, model: nn.Module, group: dist.ProcessGroup, device: torch.device) -> DistributedDataParallel:
+    ids = [device.index] if device.type == "cuda" else None
+    # Buffers are constants here: never synced. gradient_as_bucket_view saves one copy of the gradients.
+    wrapped = DistributedDataParallel(model, device_ids=ids, process_group=group, bucket_cap_mb=cfg.bucket_mb,
+                                      gradient_as_bucket_view=True, **{_SYNC_BUFFERS: False})  # fmt: skip
+    wrapped.register_comm_hook(group, _sum_bucket)
+    return wrapped

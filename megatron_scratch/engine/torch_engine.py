@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from megatron_scratch.engine.base import Parts, Shapes
 from megatron_scratch.engine.clip import clip_, global_norm
-from megatron_scratch.parallel.collectives import sum_over
+from megatron_scratch.parallel.collectives import sum_over, swap
 from megatron_scratch.parallel.layout import Layout, local
 
 
@@ -21,13 +22,19 @@ class TorchEngine:
     The optimizer works on plain tensors that share their memory with the parameters: its kernels are elementwise, know nothing of
     DTensors (torch has no sharding rule for most fused ones), and skip their dispatch. The outside sees parts of global tensors.
 
+    A pipeline's first and last stage both hold a tied parameter. Their gradients are added up, so that both update alike; where one
+    rank has both stages, the second is a copy of the first.
+
     Args:
-        named: global name -> parameter: a DTensor, or this rank's plain part.
-        layouts: how each lies over tp.
+        layouts: name -> how each parameter lies over tp.
     """
 
-    def __init__(self, named: Mapping[str, nn.Parameter], layouts: Mapping[str, Layout], parts: Parts) -> None:
-        self.named, self.layouts, self.topo, self.clip = dict(named), layouts, parts.topo, parts.clip
+    def __init__(self, layouts: Mapping[str, Layout], parts: Parts) -> None:
+        self.layouts, self.topo, self.clip, self.tied = layouts, parts.topo, parts.clip, parts.tied
+        self.named: dict[str, nn.Parameter] = {}  # a DTensor, or this rank's plain part
+        self.copies: dict[str, nn.Parameter] = {}
+        for name, parameter in (pair for core in parts.cores for pair in core.named_parameters()):
+            (self.copies if name in self.named else self.named)[name] = parameter
         self.plain = {name: nn.Parameter(local(p.detach())) for name, p in self.named.items()}
         self.optimizer = parts.make_optimizer(self.plain)
 
@@ -35,7 +42,13 @@ class TorchEngine:
         loss.backward()
 
     def finish_gradients(self) -> None:
-        """Add up over tp what is partial, in one message."""
+        """Add up what the two ends of a pipeline share, and over tp what is partial, in one message."""
+        for name, copy in self.copies.items():
+            local(self.named[name].grad).add_(local(copy.grad))
+            copy.grad = None
+        if self.tied in self.named and not self.copies:  # by another rank too, the one at the other end
+            gradient = local(self.named[self.tied].grad)
+            gradient.add_(swap(gradient, self.topo, "pp", self.topo.size("pp") - 1 - self.topo.index("pp")))
         grads = [p.grad for name, p in self.named.items() if self.layouts[name].partial and p.grad is not None]
         sum_over([local(g) for g in grads], self.topo, "tp")
 
@@ -52,9 +65,19 @@ class TorchEngine:
         mesh, placements = parameter.device_mesh, parameter.placements
         return DTensor.from_local(tensor, mesh, placements, run_check=False, shape=parameter.shape, stride=parameter.stride())
 
-    def step(self, lr: float) -> torch.Tensor:
+    def step(self, lr: float, scale: float | None = None) -> torch.Tensor:
         gradients = self._gradients()
-        norm = global_norm(list(gradients.values()), self.topo)
+        if scale is not None and gradients:
+            torch._foreach_mul_([local(g) for g in gradients.values()], 1.0 / scale)
+        norm = global_norm(self._counted(gradients), self.topo)
+        shown = norm if scale is None else norm.cpu()
+        if scale is None or math.isfinite(shown.item()):
+            self._update(gradients, norm, lr)
+        for parameter in (*self.named.values(), *self.plain.values()):
+            parameter.grad = None
+        return shown
+
+    def _update(self, gradients: dict[str, torch.Tensor], norm: torch.Tensor, lr: float) -> None:
         if self.clip > 0:
             clip_(list(gradients.values()), norm, self.clip)
         for name, plain in self.plain.items():
@@ -63,9 +86,7 @@ class TorchEngine:
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
         self.optimizer.step()
-        for parameter in (*self.named.values(), *self.plain.values()):
-            parameter.grad = None
-        return norm
+        self._update_copies()
 
     def state(self) -> dict[str, Any]:
         out: dict[str, Any] = {}
@@ -78,6 +99,17 @@ class TorchEngine:
     def load(self, shapes: Shapes, fill: Callable[[dict[str, Any]], None]) -> None:
         self._allocate(shapes)
         fill(self.state())
+        self._update_copies()
+
+    def _counted(self, gradients: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+        """Those that go into the norm: of a tied parameter the first stage's."""
+        elsewhere = self.tied if self.topo.index("pp") > 0 else ""
+        return [g for name, g in gradients.items() if name != elsewhere]
+
+    @torch.no_grad()
+    def _update_copies(self) -> None:
+        for name, copy in self.copies.items():
+            local(copy).copy_(local(self.named[name]))
 
     def _allocate(self, shapes: Shapes) -> None:
         """Zeros for every `optim.NAME.KEY`: laid out as the parameter where the shapes agree, else a plain tensor (counters)."""

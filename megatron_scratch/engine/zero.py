@@ -4,7 +4,7 @@ DeepSpeed holds the memory and moves the bytes. What it would do by its own rule
 dp, partial gradients are added up over tp, the norm counts every number once, and state is named and laid out globally.
 
 In bf16 DeepSpeed computes with bf16 copies and keeps fp32 masters; a microbatch's gradient is rounded to bf16 once (as it is under
-FSDP's mixed precision) and is from there on reduced and accumulated in fp32.
+FSDP's mixed precision) and is from there on reduced and accumulated in fp32 (in bf16 with precision.gradients=bf16).
 
 Messages of a step over dp, for N local parameters, m microbatches, w bytes of a compute weight (2 in bf16, 4 in fp32):
 
@@ -53,9 +53,9 @@ class ZeroEngine:
         _refuse(cfg.name, parts)
         deepspeed = import_deepspeed(cfg.name, parts.topo.device)
         self.topo, self.clip, stage = parts.topo, parts.clip, STAGES[cfg.name]
-        self.layouts = localize(parts.core)  # DeepSpeed's flat buffers are made of plain tensors
+        self.layouts = localize(parts.cores[0])  # DeepSpeed's flat buffers are made of plain tensors
         parts.fill()
-        named = dict(parts.core.named_parameters())
+        named = dict(parts.cores[0].named_parameters())
         self.local_shapes = {name: tuple(p.shape) for name, p in named.items()}  # stage 3 empties the parameters
         self.optimizer = parts.make_optimizer(named)
         if any("muon" in group for group in self.optimizer.param_groups):
@@ -63,7 +63,7 @@ class ZeroEngine:
                             "or optim=adamw")  # fmt: skip
         bf16 = parts.compute_dtype == torch.bfloat16
         initial = {name: p.detach().cpu() for name, p in named.items()} if bf16 else {}
-        self.wrapped = _initialize(deepspeed, parts.model, self.optimizer, parts.topo, _config(cfg, stage, bf16, parts.topo))
+        self.wrapped = _initialize(deepspeed, parts.models[0], self.optimizer, parts.topo, _config(cfg, stage, parts))
         self.owned = (Stage3 if stage == 3 else Stage12)(self.wrapped.optimizer, named)
         self.scale = parts.topo.size("dp") if stage == 3 else 1  # stage 3 averages over dp, and cannot be told to sum
         self.reduced = False  # whether gradients are whole: from the last microbatch to the step
@@ -86,7 +86,8 @@ class ZeroEngine:
     def backward(self, loss: torch.Tensor) -> None:
         self.wrapped.backward(loss * self.scale, scale_wrt_gas=False)
 
-    def step(self, lr: float) -> torch.Tensor:
+    def step(self, lr: float, scale: float | None = None) -> torch.Tensor:
+        assert scale is None, "config refuses precision=fp16 here"
         gradients = self.owned.gradients()
         norm = self._norm(gradients)
         if self.clip > 0 and gradients:
@@ -103,7 +104,7 @@ class ZeroEngine:
         counted = [g for name, g in gradients.items() if self._counts(name)]
         total = torch.zeros((), device=self.topo.device)
         if counted:
-            total += torch.stack(torch._foreach_norm(counted, 2)).square().sum().to(total.device)
+            total += torch.stack(torch._foreach_norm(counted, 2, dtype=torch.float32)).square().sum().to(total.device)
         return all_reduce_world(total, self.topo).sqrt()
 
     def _counts(self, name: str) -> bool:
@@ -120,7 +121,7 @@ class ZeroEngine:
                 whole = value.shape == flat.shape  # else it counts for the group; each parameter has its own in a checkpoint
                 out[f"optim.{name}.{key}"] = self._pieces(name, part.of(value)) if whole else value.clone()
             if self.reduced:
-                out[f"grad.{name}"] = self._pieces(name, gradients.get(name, flat.new_empty(0)))
+                out[f"grad.{name}"] = self._pieces(name, gradients.get(name, flat.new_empty(0)).to(flat.dtype))
         return out
 
     def _pieces(self, name: str, flat: torch.Tensor) -> Pieces:
@@ -212,15 +213,16 @@ def _refuse(engine: str, parts: Parts) -> None:
         if parts.topo.size(axis) > 1:
             raise UserError(f"engine={engine} composes with parallel.tp only, and parallel.{axis}={parts.topo.size(axis)}; "
                             "use engine=ddp or engine=fsdp")  # fmt: skip
-    if STAGES[engine] == 3 and any(module._compiled_call_impl is not None for module in parts.model.modules()):
+    if STAGES[engine] == 3 and any(module._compiled_call_impl is not None for module in parts.models[0].modules()):
         raise UserError("train.compile=true: compiled layers do not see the weights that engine=zero3 gathers in its hooks; "
                         "use train.compile=false, or engine=fsdp")  # fmt: skip
 
 
-def _config(cfg: ZeroConfig, stage: int, bf16: bool, topo: Topology) -> dict[str, Any]:
+def _config(cfg: ZeroConfig, stage: int, parts: Parts) -> dict[str, Any]:
     """DeepSpeed's own configuration. Counting microbatches, clipping and the norm are not left to it."""
     elements = cfg.bucket_mb * 2**20 // 4
-    host = {"device": "cpu", "pin_memory": topo.device.type == "cuda"}
+    host = {"device": "cpu", "pin_memory": parts.topo.device.type == "cuda"}
+    gradients = "bf16" if parts.gradient_dtype == torch.bfloat16 else "fp32"
     zero: dict[str, Any] = {
         "stage": stage, "reduce_bucket_size": elements, "allgather_bucket_size": elements,
         "stage3_prefetch_bucket_size": elements,
@@ -235,8 +237,8 @@ def _config(cfg: ZeroConfig, stage: int, bf16: bool, topo: Topology) -> dict[str
     return {
         "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1, "gradient_clipping": 0.0,
         "gradient_allreduce_op": "mean" if stage == 3 else "sum",
-        "communication_data_type": "fp32", "data_types": {"grad_accum_dtype": "fp32"},
-        "bf16": {"enabled": bf16, "check_grad_overflow": False},
+        "communication_data_type": gradients, "data_types": {"grad_accum_dtype": gradients},
+        "bf16": {"enabled": parts.compute_dtype == torch.bfloat16, "check_grad_overflow": False},
         "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False, "zero_optimization": zero,
     }  # fmt: skip
 

@@ -69,11 +69,17 @@ class Attention(nn.Module):
         q_BSHK, k_BSGK, v_BSGK = (self._fused if self.fused else self._separate)(x_ND, mask.queries)
         q_BSHK, k_BSGK = rotate(self.q_norm(q_BSHK), rotation), rotate(self.k_norm(k_BSGK), rotation)
         k_BTGK, v_BTGK = (k_BSGK, v_BSGK) if cache is None else cache.append(k_BSGK, v_BSGK)
-        if self.dropout == 0.0 or seed is None:
-            out_BSHK = self.attend(q_BSHK, k_BTGK, v_BTGK, mask, 0.0)
-        else:
-            out_BSHK = self._attend_with_dropout(q_BSHK, k_BTGK, v_BTGK, mask, seed, site)
+        out_BSHK = self.core(q_BSHK, k_BTGK, v_BTGK, mask, seed, site)
         return self.out(out_BSHK.flatten(0, 1).flatten(1))
+
+    def core(
+        self, q_BSHK: torch.Tensor, k_BTGK: torch.Tensor, v_BTGK: torch.Tensor, mask: AttendMask, seed: torch.Tensor | None,
+        site: str,
+    ) -> torch.Tensor:  # fmt: skip
+        """What lies between the projections, and is computed again in backward with parallel.recompute=selective."""
+        if self.dropout == 0.0 or seed is None:
+            return self.attend(q_BSHK, k_BTGK, v_BTGK, mask, 0.0)  # type: ignore[no-any-return]
+        return self._attend_with_dropout(q_BSHK, k_BTGK, v_BTGK, mask, seed, site)
 
     @torch.compiler.disable  # compiled, random numbers would come from another generator
     def _attend_with_dropout(

@@ -81,36 +81,46 @@ class Decoder(nn.Module):
 
     Children: `embed`, `position`, `layers` (keyed by the global layer index), `norm`, `head`. With tied embeddings there is
     no `head`: the embedding's weight is used. `compute_dtype` is set by the builder; parameters stay fp32.
+
+    A stage of a pipeline is a decoder with some of the `layers`, under their global names; `embed` and learned positions are the
+    first stage's, `norm` and `head` the last one's. Tied, both ends hold an `embed`.
     """
 
-    def __init__(self, cfg: ModelConfig, topo: Topology):
+    def __init__(self, cfg: ModelConfig, topo: Topology, layers: range | None = None):
+        """`layers`: of this stage; default: all."""
         super().__init__()
         self.cfg, self.topo = cfg, topo
         self.compute_dtype = torch.float32
-        block = registry.get("block", cfg.norm_place)
-        self.embed = VocabParallelEmbedding(cfg.padded_vocab, cfg.hidden_size, topo, cfg.init_std)
+        layers = range(cfg.num_layers) if layers is None else layers
+        self.first, self.last = layers.start == 0, layers.stop == cfg.num_layers
+        block, norm = registry.get("block", cfg.norm_place), norm_of(cfg)
+        if self.first or (self.last and cfg.tie_embeddings):
+            self.embed = VocabParallelEmbedding(cfg.padded_vocab, cfg.hidden_size, topo, cfg.init_std)
         self.position = registry.get("position", cfg.position)(cfg, topo)
-        self.layers = nn.ModuleDict({str(i): block(cfg, topo, i) for i in range(cfg.num_layers)})
-        norm = norm_of(cfg)
-        self.norm = norm(cfg.hidden_size, cfg.norm_eps, cfg.bias, topo) if block.final_norm else nn.Identity()
-        head = None if cfg.tie_embeddings else ColumnParallelLinear(cfg.hidden_size, cfg.padded_vocab, topo, cfg.init_std)
-        self.head = head
+        if not self.first:
+            self.position._parameters.clear()  # tables are added to the embedding; rotations are everybody's
+        self.layers = nn.ModuleDict({str(i): block(cfg, topo, i) for i in layers})
+        normalised = self.last and block.final_norm
+        self.norm = norm(cfg.hidden_size, cfg.norm_eps, cfg.bias, topo) if normalised else nn.Identity()
+        has_head = self.last and not cfg.tie_embeddings
+        self.head = ColumnParallelLinear(cfg.hidden_size, cfg.padded_vocab, topo, cfg.init_std) if has_head else None
 
     def forward(
         self, tokens_BS: torch.Tensor, positions_BS: torch.Tensor | None = None, documents_BS: torch.Tensor | None = None,
-        seed: int | None = None, cache: KVCache | None = None,
+        seed: int | torch.Tensor | None = None, cache: KVCache | None = None, x_ND: torch.Tensor | None = None,
     ) -> torch.Tensor:  # fmt: skip
-        """The hidden state after the final norm, whole on every tp rank.
+        """The hidden state after the final norm, whole on every tp rank; from a stage that is not the last, the stream so far.
 
         Args:
-            tokens_BS: int64, below vocab_size.
+            tokens_BS: int64, below vocab_size; every stage takes them, as only the stream is flat.
             positions_BS: of each token, (B or 1, S); default: counting on from what the cache holds.
             documents_BS: a number per token; a token sees only its own document. Not together with a cache.
             seed: of this microbatch's dropout; None: no dropout.
             cache: filled with the keys and values of these tokens. Not with tp > 1.
+            x_ND: the stream from the stage before, (n or N, D); None in the first.
 
         Returns:
-            (B, S, D) in `compute_dtype`.
+            (B, S, D) in `compute_dtype`; from a stage that is not the last, (n or N, D).
 
         Raises:
             UserError: an id outside the vocabulary, positions beyond a learned table, more tokens than the cache has room for.
@@ -126,11 +136,13 @@ class Decoder(nn.Module):
             positions_BS = torch.arange(start, start + seq, device=tokens_BS.device).unsqueeze(0)
         mask = make_mask(seq, start + seq, self.cfg.sliding_window, documents_BS, tokens_BS.device)
         rotation = self.position.rotation(positions_BS, self.compute_dtype)
-        key = None if seed is None else torch.tensor(seed)
-        x_ND = self._embed(tokens_BS, positions_BS, key)
+        key = None if seed is None else torch.tensor(int(seed))  # a number, or a row of the batch's seeds
+        if self.first:
+            x_ND = self._embed(tokens_BS, positions_BS, key)
+        assert x_ND is not None, "the stream from the stage before"
         for index, layer in self.layers.items():
             x_ND = layer(x_ND, rotation, mask, key, None if cache is None else cache.layers[index])
-        return enter(self.norm(x_ND), self.topo).view(*tokens_BS.shape, -1)
+        return enter(self.norm(x_ND), self.topo).view(*tokens_BS.shape, -1) if self.last else x_ND
 
     def _embed(self, tokens_BS: torch.Tensor, positions_BS: torch.Tensor, seed: torch.Tensor | None) -> torch.Tensor:
         """(B, S) -> (n or N, D)."""
@@ -140,7 +152,7 @@ class Decoder(nn.Module):
 
     @property
     def head_weight(self) -> torch.Tensor:
-        """(V, D) master: the head's, or the embedding's where they are tied."""
+        """(V, D) master, in the last stage: the head's, or the embedding's where they are tied."""
         return self.embed.weight if self.head is None else self.head.weight
 
     def logits(self, hidden_BSD: torch.Tensor) -> torch.Tensor:

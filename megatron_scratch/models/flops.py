@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_scratch.config.model import ModelConfig
+from megatron_scratch.config.pipeline import balance
 from megatron_scratch.models.decoder import Decoder
 from megatron_scratch.parallel.topology import SINGLE
 
@@ -42,6 +43,16 @@ def count_parameters(cfg: ModelConfig) -> ParameterCount:
         padding = (cfg.padded_vocab - cfg.vocab_size) * cfg.hidden_size if name in ("embed.weight", "head.weight") else 0
         counts[name.partition(".")[0]] += parameter.numel() - padding
     return ParameterCount(**{part: counts[part] for part in ("embed", "position", "layers", "norm", "head")})
+
+
+EMBED_FLOPS = 18 * 300  # per feature: 18 bytes of rows and their gradients in fp32, at some 300 FLOP a byte of an H100's memory
+
+
+def layers_of_stages(cfg: ModelConfig, seq_len: int, stages: int) -> tuple[int, ...]:
+    """Layers of each pipeline stage, balanced by what a token costs there: the head of a large vocabulary weighs several layers."""
+    layer = flops_per_token(replace(cfg, num_layers=1), seq_len, causal=True)
+    head = 6.0 * (cfg.vocab_size or 0) * cfg.hidden_size
+    return balance(cfg.num_layers, stages, layer - head, EMBED_FLOPS * cfg.hidden_size, head)
 
 
 def flops_per_token(cfg: ModelConfig, seq_len: int, causal: bool) -> float:

@@ -14,7 +14,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from megatron_scratch.parallel.deferred import WeightGradients
 from megatron_scratch.util.machine import cpu_vendor
 
 
@@ -46,6 +48,33 @@ def linear(x_I: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | No
         return F.linear(x_I, weight_OI, bias_O)
     y_NO = _Linear.apply(x_I.reshape(-1, x_I.shape[-1]), weight_OI, bias_O)
     return y_NO.view(*x_I.shape[:-1], -1)  # type: ignore[no-any-return, union-attr]
+
+
+def deferred_linear(
+    x_NI: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None, later: WeightGradients
+) -> torch.Tensor:
+    """`linear`, whose backward leaves the weight gradient for later: the same product of the same numbers."""
+    edge = get_gradient_edge(weight_OI)
+    return _Deferred.apply(x_NI, weight_OI.detach(), bias_O, later, edge)  # type: ignore[no-any-return]
+
+
+class _Deferred(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x_NI: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None, later: WeightGradients,
+        edge: GradientEdge,
+    ) -> torch.Tensor:  # fmt: skip
+        ctx.save_for_backward(x_NI, weight_OI)
+        ctx.later, ctx.edge = later, edge
+        y_NO = product(x_NI, weight_OI)
+        return y_NO if bias_O is None else y_NO.add_(bias_O)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (x_NI, weight_OI), dy_NO = ctx.saved_tensors, grads[0]
+        ctx.later.put(ctx.edge, lambda: product(dy_NO.t(), x_NI.t()))
+        d_x = product(dy_NO, weight_OI.t()) if ctx.needs_input_grad[0] else None
+        return d_x, None, dy_NO.sum(0) if ctx.needs_input_grad[2] else None, None, None
 
 
 @torch.library.custom_op("megatron_scratch::onednn", mutates_args=())

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from megatron_scratch.models.gemm import linear
+from megatron_scratch.models.gemm import deferred_linear, linear
 from megatron_scratch.models.overlap import overlapped_linears
 from megatron_scratch.parallel.layout import ZEROS, local, normal, shard_param
 from megatron_scratch.parallel.tensor import enter, leave
@@ -39,7 +39,7 @@ class ColumnParallelLinear(nn.Module):
 
     def __init__(self, size_in: int, size_out: int, topo: Topology, std: float, bias: bool = False, copies: int = 1):
         super().__init__()
-        self.topo, self.copies = topo, copies
+        self.topo, self.copies, self.multiply = topo, copies, linear  # `multiply`: x A^T + b; models/fp8.py puts in another
         axis = "tp" if copies == 1 else None
         self.weight = shard_param((size_out, size_in), topo, axis, init=normal(std), partial=copies > 1)
         self.bias = shard_param((size_out,), topo, axis, init=ZEROS, partial=copies > 1) if bias else None
@@ -67,7 +67,17 @@ def column_parallel(x_NI: torch.Tensor, *layers: ColumnParallelLinear) -> list[t
     if topo.overlap:
         return list(overlapped_linears(x_NI, weights, biases, topo))
     x_NI = enter(x_NI, topo)
-    return [linear(x_NI, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+    return [_multiply(layer, x_NI, weight, bias) for layer, weight, bias in zip(layers, weights, biases, strict=True)]
+
+
+def _multiply(
+    layer: ColumnParallelLinear | RowParallelLinear, x_NI: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None
+) -> torch.Tensor:
+    """x W^T + b inside of the region, its weight gradient at once or later."""
+    deferred = layer.topo.deferred
+    if deferred is not None and weight_OI.requires_grad and torch.is_grad_enabled():
+        return deferred_linear(x_NI, weight_OI, bias_O, deferred)
+    return layer.multiply(x_NI, weight_OI, bias_O)
 
 
 class RowParallelLinear(nn.Module):
@@ -79,15 +89,16 @@ class RowParallelLinear(nn.Module):
 
     def __init__(self, size_in: int, size_out: int, topo: Topology, std: float, bias: bool = False):
         super().__init__()
-        self.topo = topo
+        self.topo, self.multiply = topo, linear
         self.weight = shard_param((size_out, size_in), topo, "tp", dim=1, init=normal(std))
         self.bias = shard_param((size_out,), topo, init=ZEROS, partial=topo.sequence_parallel) if bias else None
 
     def forward(self, x_NI: torch.Tensor) -> torch.Tensor:
         """(N, I/t) -> (n or N, O)."""
         if self.topo.size("tp") == 1:
-            return linear(x_NI, cast(self.weight, x_NI.dtype), None if self.bias is None else cast(self.bias, x_NI.dtype))
-        y_NO = leave(linear(x_NI, cast(self.weight, x_NI.dtype)), self.topo)
+            bias = None if self.bias is None else cast(self.bias, x_NI.dtype)
+            return _multiply(self, x_NI, cast(self.weight, x_NI.dtype), bias)
+        y_NO = leave(_multiply(self, x_NI, cast(self.weight, x_NI.dtype), None), self.topo)
         return y_NO if self.bias is None else y_NO + cast(self.bias, x_NI.dtype)
 
 

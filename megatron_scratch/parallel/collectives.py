@@ -51,6 +51,16 @@ def sum_over(tensors: Sequence[torch.Tensor], topo: Topology, axis: str) -> None
         tensor.copy_(part.view_as(tensor))
 
 
+def swap(x: torch.Tensor, topo: Topology, axis: str, other: int) -> torch.Tensor:
+    """What the rank at coordinate `other` of an axis has, while it gets ours."""
+    theirs, group = torch.empty_like(x, memory_format=torch.contiguous_format), topo.group(axis)
+    both = [dist.P2POp(dist.isend, x.contiguous(), group=group, group_peer=other),
+            dist.P2POp(dist.irecv, theirs, group=group, group_peer=other)]  # fmt: skip
+    for work in dist.batch_isend_irecv(both):
+        work.wait()
+    return theirs
+
+
 def all_reduce_world(x: torch.Tensor, topo: Topology, op: str = "sum") -> torch.Tensor:
     """Reduce `x` in place over every rank, and return it. CPU tensors go over gloo, whatever the device."""
     if topo.world > 1:
@@ -63,14 +73,16 @@ def barrier(topo: Topology) -> None:
     all_reduce_world(torch.zeros(1), topo)
 
 
-def gather_json(value: Any, topo: Topology) -> list[Any]:
-    """Every rank's `value`, in order of rank, on every rank. JSON travels, not pickle: bytes from a peer are only data."""
-    if topo.world == 1:
+def gather_json(value: Any, topo: Topology, axis: str | None = None) -> list[Any]:
+    """The `value` of every rank of the world, or of an axis, in order of rank, on each of them. JSON travels, not pickle: bytes
+    from a peer are only data."""
+    size, group = (topo.world, None) if axis is None else (topo.size(axis), topo.group(axis))
+    if size == 1:
         return [value]
     mine = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
-    lengths = [torch.zeros(1, dtype=torch.long) for _ in range(topo.world)]
-    dist.all_gather(lengths, torch.tensor([mine.numel()]))
+    lengths = [torch.zeros(1, dtype=torch.long) for _ in range(size)]
+    dist.all_gather(lengths, torch.tensor([mine.numel()]), group=group)
     longest = int(max(lengths))
-    rows = [torch.zeros(longest, dtype=torch.uint8) for _ in range(topo.world)]
-    dist.all_gather(rows, torch.cat([mine, mine.new_zeros(longest - mine.numel())]))
+    rows = [torch.zeros(longest, dtype=torch.uint8) for _ in range(size)]
+    dist.all_gather(rows, torch.cat([mine, mine.new_zeros(longest - mine.numel())]), group=group)
     return [json.loads(bytes(row[: int(n)].tolist())) for row, n in zip(rows, lengths, strict=True)]

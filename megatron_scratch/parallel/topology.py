@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from megatron_scratch.parallel.deferred import WeightGradients
 
 AXES = ("pp", "dp", "cp", "tp")  # outermost first: tp neighbours are neighbours in rank, hence on one node
 HYBRID = ("replicate", "shard")  # the two halves of dp under hybrid sharding: copies of the model, and the ranks that share one
@@ -28,11 +31,12 @@ class Topology:
     indices: Mapping[str, int] = field(default_factory=dict)  # axis -> this rank's coordinate
     sequence_parallel: bool = False  # between tensor-parallel layers each tp rank holds a part of the tokens, not all of them
     overlap: bool = False  # tp messages of the backward pass travel while matrices are multiplied
+    deferred: WeightGradients | None = None  # where linears leave their weight gradients; None: they compute them at once
 
     @staticmethod
     def build(
         degrees: Mapping[str, int], rank: int, world: int, device: torch.device, sequence_parallel: bool = False,
-        overlap: bool = False,
+        overlap: bool = False, deferred: WeightGradients | None = None,
     ) -> Topology:  # fmt: skip
         """Make the mesh; with more than one rank the default process group must exist.
 
@@ -45,7 +49,9 @@ class Topology:
         copies = degrees.get("replicate", 1)
         assert sizes["dp"] % copies == 0, (sizes, copies)
         halves = {"replicate": copies, "shard": sizes["dp"] // copies}
-        flags = {"sequence_parallel": sequence_parallel and sizes["tp"] > 1, "overlap": overlap and sizes["tp"] > 1}
+        several = sizes["tp"] > 1
+        flags: dict[str, Any] = {"sequence_parallel": sequence_parallel and several, "overlap": overlap and several,
+                                 "deferred": deferred}  # fmt: skip
         sizes |= halves
         if world == 1:
             return Topology(rank, world, device, sizes, **flags)

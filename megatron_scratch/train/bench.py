@@ -18,7 +18,7 @@ from megatron_scratch.data.loader import Batch
 from megatron_scratch.models.flops import count_parameters, flops_per_token
 from megatron_scratch.train import build
 from megatron_scratch.train.metrics import memory_gib, peak_flops, synchronize
-from megatron_scratch.train.step import to_device
+from megatron_scratch.train.passes import to_device
 from megatron_scratch.util.env import Rank
 from megatron_scratch.util.errors import UserError
 
@@ -49,7 +49,7 @@ def bench(cfg: Config) -> str:
         cfg.model.vocab_size = DEFAULT_VOCAB
     check(cfg, world=1)
     with build.process_group(cfg, Rank(), None) as topo:
-        model, engine = build.build_engine(cfg, topo)
+        _, engine = build.build_engine(cfg, topo)
         rng, clock, totals = np.random.default_rng(cfg.seed), Clock(topo.device), []
         for i in range(cfg.bench.warmup + cfg.bench.steps):
             if i == cfg.bench.warmup:

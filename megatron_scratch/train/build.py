@@ -8,8 +8,9 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import timedelta
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -18,15 +19,23 @@ from torch import nn
 from megatron_scratch import registry
 from megatron_scratch.config import Config
 from megatron_scratch.config.engine import replicas
-from megatron_scratch.config.train import PrecisionConfig
+from megatron_scratch.config.pipeline import owned_stages, schedule_of, virtual_stages
+from megatron_scratch.config.precision import PrecisionConfig, takes
 from megatron_scratch.data.loader import Batch, DataSource, Loader
-from megatron_scratch.engine import Engine, Parts
+from megatron_scratch.engine import Engine, Parts, Staged
 from megatron_scratch.models.decoder import Decoder
+from megatron_scratch.models.flops import layers_of_stages
+from megatron_scratch.models.fp8 import refuse_device, use_fp8
 from megatron_scratch.optim.groups import param_groups
 from megatron_scratch.optim.schedules import lr_at
-from megatron_scratch.parallel import Topology, materialize
+from megatron_scratch.parallel import Topology, materialize, recompute
+from megatron_scratch.parallel.deferred import WeightGradients
 from megatron_scratch.parallel.layout import layouts
+from megatron_scratch.parallel.pipeline import Pipeline, Plan
+from megatron_scratch.parallel.tensor import token_part
+from megatron_scratch.train import activations
 from megatron_scratch.train.objective import LanguageModel
+from megatron_scratch.train.passes import Passes, Stages, WholeModel
 from megatron_scratch.util.env import Rank, master, restart_count
 from megatron_scratch.util.memory import keep_freed_memory
 
@@ -39,11 +48,21 @@ def fp32(cfg: PrecisionConfig) -> torch.dtype:
 
 
 def bf16(cfg: PrecisionConfig) -> torch.dtype:
+    """fp8's too: its activations are bf16, and what is not a product of a layer is computed as in bf16."""
     return torch.bfloat16
+
+
+def fp16(cfg: PrecisionConfig) -> torch.dtype:
+    return torch.float16
 
 
 def fp64(cfg: PrecisionConfig) -> torch.dtype:
     return torch.float64
+
+
+def gradient_dtype(cfg: PrecisionConfig) -> torch.dtype | None:
+    """What gradients are added up in, where it is not the dtype of the masters."""
+    return torch.bfloat16 if cfg.gradients == "bf16" and takes(cfg, "gradients") else None
 
 
 @contextmanager
@@ -72,7 +91,8 @@ def topology(cfg: Config, rank: Rank, device: torch.device) -> Topology:
     p = cfg.parallel
     copies = replicas(cfg.engine, rank.world // (p.tp * p.pp * p.cp), rank.nodes)
     degrees = {"pp": p.pp, "cp": p.cp, "tp": p.tp, "replicate": copies}
-    return Topology.build(degrees, rank.rank, rank.world, device, p.sequence_parallel is not False, p.overlap)
+    deferred = WeightGradients() if p.pp > 1 and schedule_of(p).splits else None
+    return Topology.build(degrees, rank.rank, rank.world, device, p.sequence_parallel is not False, p.overlap, deferred)
 
 
 def _store(rank: Rank, store_file: Path | None) -> dist.Store:
@@ -97,32 +117,69 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def build_model(cfg: Config, topo: Topology) -> LanguageModel:
-    """The model on the meta device, with its compute precision; nothing has memory yet."""
+def build_model(cfg: Config, topo: Topology, layers: range | None = None) -> LanguageModel:
+    """The model, or the stage of it with some layers, on the meta device, with its compute precision; nothing has memory yet."""
     dtype = registry.build("precision", cfg.precision)
     with default_dtype(torch.promote_types(dtype, torch.float32)):  # of the masters
-        decoder = Decoder(cfg.model, topo)
+        decoder = Decoder(cfg.model, topo, layers)
     decoder.compute_dtype = dtype
     return LanguageModel(decoder, cfg.train.z_loss)
 
 
-def build_engine(cfg: Config, topo: Topology) -> tuple[LanguageModel, Engine]:
-    """The order in which a model is taken apart, once and for all: layout -> compile -> data parallel -> memory -> optimizer.
+def stage_layers(cfg: Config) -> list[range]:
+    """The layers of each stage of the pipeline, first to last; one stage without a pipeline."""
+    count = cfg.parallel.pp * virtual_stages(cfg.parallel)
+    sizes = cfg.parallel.stages or layers_of_stages(cfg.model, cfg.train.seq_len, count)
+    stops = list(accumulate(sizes))
+    return [range(stop - size, stop) for size, stop in zip(sizes, stops, strict=True)]
 
-    The layout is in the parameters from birth (`shard_param`); the engine does the last three.
+
+def build_engine(cfg: Config, topo: Topology) -> tuple[tuple[LanguageModel, ...], Engine]:
+    """This rank's stages of the model (one without a pipeline: all of it), and the engine that holds them.
+
+    The order in which a model is taken apart, once and for all: layout -> recompute -> compile -> data parallel -> memory ->
+    optimizer. The layout is in the parameters from birth (`shard_param`); the engine does the last three.
     """
-    model = build_model(cfg, topo)
+    stages, p = stage_layers(cfg), cfg.parallel
+    mine = owned_stages(schedule_of(p), p.pp, virtual_stages(p), topo.index("pp"))
+    models = tuple(build_model(cfg, topo, stages[number]) for number in mine)
+    cores = tuple(model.decoder for model in models)
+    blocks = [block for core in cores for block in core.layers.values()]
+    if takes(cfg.precision, "recipe"):
+        refuse_device(topo.device)
+        use_fp8(blocks, cfg.precision.recipe)
+    for core in cores:
+        recompute.apply(core.layers, p, partial(activations.costs, core, cfg), cfg.train.compile)
     if cfg.train.compile:
-        for block in model.decoder.layers.values():
+        for block in blocks:
             block.compile()
+    tables = [layouts(core) for core in cores]  # engines make new parameters before there is memory
+
+    def fill() -> None:
+        for core, table in zip(cores, tables, strict=True):
+            materialize(core, cfg.seed, topo.device, table)
 
     def make_optimizer(named: dict[str, nn.Parameter]) -> torch.optim.Optimizer:
         return registry.build("optim", cfg.optim, groups=param_groups(named.items(), cfg.optim))
 
-    fill = partial(materialize, model.decoder, cfg.seed, topo.device, layouts(model.decoder))
-    parts = Parts(model, model.decoder, fill, make_optimizer, topo, cfg.optim.clip_grad_norm,
-                  model.decoder.compute_dtype)  # fmt: skip
-    return model, registry.build("engine", cfg.engine, parts=parts)
+    tied = "embed.weight" if cfg.model.tie_embeddings and p.pp > 1 else ""
+    parts = Parts(models, cores, fill, make_optimizer, topo, cfg.optim.clip_grad_norm, cores[0].compute_dtype, tied,
+                  gradient_dtype(cfg.precision))  # fmt: skip
+    return models, registry.build("engine", cfg.engine, parts=parts)
+
+
+def build_passes(cfg: Config, engine: Engine, topo: Topology) -> Passes:
+    """How the microbatches of this run pass through its model."""
+    if cfg.parallel.pp == 1:
+        return WholeModel(engine, topo)
+    assert cfg.model.vocab_size is not None
+    tokens = cfg.train.micro_batch_size * cfg.train.seq_len
+    part = token_part(tokens, topo)
+    shape, dtype = (part.stop - part.start, cfg.model.hidden_size), registry.build("precision", cfg.precision)
+    plan = Plan(schedule_of(cfg.parallel), virtual_stages(cfg.parallel), shape, dtype)
+    staged = cast(Staged, engine)
+    pipeline = Pipeline(plan, topo, list(staged.calls), staged.accumulate, staged.reduce)
+    return Stages(pipeline, staged, topo, cfg.model.vocab_size)
 
 
 def learning_rate(cfg: Config) -> Callable[[int], float]:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
 import numpy as np
 import torch
+from torch import nn
 
 from megatron_scratch.data.loader import Batch
 from megatron_scratch.parallel.collectives import all_reduce_world
 from megatron_scratch.parallel.topology import Topology
-from megatron_scratch.train.objective import LanguageModel
-from megatron_scratch.train.step import to_device
 
 
 @dataclass(frozen=True)
@@ -37,27 +36,27 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(
-    model: LanguageModel, forward: Callable[..., torch.Tensor], batches: Iterator[Batch], topo: Topology,
+    models: Sequence[nn.Module], loss_of: Callable[[Batch], torch.Tensor], batches: Iterator[Batch], topo: Topology,
     bytes_per_id: np.ndarray | None, limit: int | None,
 ) -> Evaluation:  # fmt: skip
     """Evaluate on this rank's `batches` (at most `limit` of them), summed over ranks; collective.
 
     Args:
-        forward: the model's forward through its engine, which may have to gather parameters first.
+        models: the model, or this rank's stages of it.
+        loss_of: a batch's summed loss, as this rank counts it: see `passes.Passes`.
         bytes_per_id: UTF-8 bytes that each token id stands for, shape (V,).
     """
-    was_training = model.training
-    model.eval()
+    for model in models:
+        model.eval()
     totals = torch.zeros(3, dtype=torch.float64)
     for batch in islice(batches, limit):
-        tokens, labels, positions, documents = to_device(batch, topo.device)
-        valid = batch.labels_BS[batch.labels_BS >= 0]
-        loss = forward(tokens, labels, positions, documents)
+        totals[0] += loss_of(batch).double().cpu()
         if not topo.counts_tokens:
             continue
-        totals[0] += loss.double().cpu()
+        valid = batch.labels_BS[batch.labels_BS >= 0]
         totals[1] += valid.size
         totals[2] += 0 if bytes_per_id is None else int(bytes_per_id[valid].sum())
-    model.train(was_training)
+    for model in models:
+        model.train()
     all_reduce_world(totals, topo)
     return Evaluation(float(totals[0] / totals[1].clamp(min=1)), int(totals[1]), int(totals[2]))

@@ -19,6 +19,7 @@ from megatron_scratch.train.evaluate import Evaluation
 from megatron_scratch.train.loop import Every
 from megatron_scratch.train.metrics import View, memory_gib, synchronize
 from megatron_scratch.train.rundir import RunDir
+from megatron_scratch.train.scaler import LossScaler
 from megatron_scratch.train.step import StepResult
 from megatron_scratch.util.errors import RunFailed
 
@@ -68,6 +69,11 @@ class LogMetrics:
         self.due, self.topo, self.run_dir, self.view, self.rates = Every(every), topo, run, view, rates
 
     def run(self, step: int, result: StepResult) -> None:
+        if result.skipped:  # its loss and norm need not be numbers
+            skip = {"step": step, "skipped": result.skipped, "lr": result.lr, **self.rates.since_last(step)}
+            if self.topo.is_main:
+                self.run_dir.log(skip)
+            return
         part, norm = torch.stack([result.loss.float(), result.grad_norm.float()]).tolist()
         loss = float(all_reduce_world(torch.tensor(part, dtype=torch.float64), self.topo))
         if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -77,6 +83,20 @@ class LogMetrics:
         if self.topo.is_main:
             self.run_dir.log(row)
         self.view.row(row)
+
+
+class RecordSkips:
+    """After every step: one that the loss scaler skipped goes into the ledger, and ends a run that would skip all others too."""
+
+    def __init__(self, scaler: LossScaler, topo: Topology, run: RunDir, view: View) -> None:
+        self.due, self.scaler, self.topo, self.run_dir, self.view = Every(1), scaler, topo, run, view
+
+    def run(self, step: int, result: StepResult) -> None:
+        if result.skipped:
+            self.view.say(f"step {step}: skipped, {result.skipped}")
+            if self.topo.is_main:
+                self.run_dir.record("skip", step=step, reason=result.skipped)
+            self.scaler.refuse_to_go_on(step)
 
 
 class Evaluate:
@@ -111,7 +131,8 @@ class SaveCheckpoint:
 
     def run(self, step: int, result: StepResult) -> None:
         root = self.run_dir.checkpoints
-        refuse_non_finite(step, result, self.topo)
+        if not result.skipped:  # which left the weights as they were
+            refuse_non_finite(step, result, self.topo)
         resume = self.rates.pause()
         began = time.perf_counter()
         folder: Path = store.save(root, step, self.engine.state(), self.facts(step), self.topo)

@@ -19,6 +19,7 @@ from megatron_scratch.train import build, resume
 from megatron_scratch.train.evaluate import evaluate
 from megatron_scratch.train.generate import generate
 from megatron_scratch.train.objective import LanguageModel
+from megatron_scratch.train.passes import to_device
 from megatron_scratch.util.errors import UserError, choice
 
 
@@ -72,7 +73,8 @@ def evaluate_run(args: EvalArgs) -> str:
     cfg.train.micro_batch_size = args.micro_batch_size
     batches = build.validation(cfg, data, SINGLE)
     device = next(trained.model.parameters()).device
-    result = evaluate(trained.model, trained.model, batches, replace(SINGLE, device=device),
+    topo = replace(SINGLE, device=device)
+    result = evaluate([trained.model], lambda batch: trained.model(*to_device(batch, device)), batches, topo,
                       data.tokenizer.bytes_per_id if data.tokenizer else None, args.batches)  # fmt: skip
     bits = "" if result.bits_per_byte is None else f"  bits per byte {result.bits_per_byte:.4f}"
     return (f"{trained.folder}: loss {result.loss:.4f} nats/token  perplexity {result.perplexity:.2f}{bits}  "

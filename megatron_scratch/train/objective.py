@@ -20,11 +20,14 @@ class LanguageModel(nn.Module):
 
     def forward(
         self, tokens_BS: torch.Tensor, labels_BS: torch.Tensor, positions_BS: torch.Tensor | None = None,
-        documents_BS: torch.Tensor | None = None, seed: int | None = None,
+        documents_BS: torch.Tensor | None = None, seed: int | torch.Tensor | None = None, x_ND: torch.Tensor | None = None,
     ) -> torch.Tensor:  # fmt: skip
         """Sum of the loss over labels that are not ignored, a scalar in fp32 nats; in eval mode the cross entropy alone.
+        From a stage of a pipeline that is not the last, the stream of activations.
 
-        `seed` of this microbatch's dropout; None: no dropout.
+        `seed` of this microbatch's dropout; None: no dropout. `x_ND`: the stream from the stage before.
         """
-        hidden_BSD = self.decoder(tokens_BS, positions_BS, documents_BS, seed if self.training else None)
+        hidden_BSD = self.decoder(tokens_BS, positions_BS, documents_BS, seed if self.training else None, x_ND=x_ND)
+        if not self.decoder.last:
+            return hidden_BSD
         return self.decoder.loss_sum(hidden_BSD, labels_BS, self.z_loss if self.training else 0.0)[0]

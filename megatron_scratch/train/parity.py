@@ -22,14 +22,17 @@ from megatron_scratch.config.optim import SGDConfig
 from megatron_scratch.config.train import ParallelConfig
 from megatron_scratch.data.dataset import Sample
 from megatron_scratch.parallel import SINGLE, Topology
-from megatron_scratch.parallel.collectives import all_reduce_world
+from megatron_scratch.parallel.collectives import all_reduce_world, gather_json
 from megatron_scratch.parallel.layout import full
 from megatron_scratch.train import build
 from megatron_scratch.train.batches import BatchPlan
 from megatron_scratch.train.forked import run_ranks
+from megatron_scratch.train.scaler import loss_scaler
 from megatron_scratch.train.step import TrainStep
 from megatron_scratch.util.env import Rank
+from megatron_scratch.util.errors import UserError
 
+HALF = {"bf16": 2.0**-9, "fp16": 2.0**-12}  # rounding of the precisions that are measured by their distance from fp32
 LR, EPS = 1e-2, 1e-3  # large enough that an update is far above the rounding of a weight
 ALL = "all parameters"
 SHOWN = 5  # rows of a quantity, where so many are too far
@@ -44,6 +47,11 @@ class Trace:
     norms: list[float] = field(default_factory=list)
     gradients: list[dict[str, torch.Tensor]] = field(default_factory=list)
     updates: dict[str, torch.Tensor] = field(default_factory=dict)  # weights after the last step, less those before the first
+
+    def of(self, names: set[str]) -> Trace:
+        """What concerns some parameters only: those of a pipeline stage."""
+        gradients = [{name: g for name, g in step.items() if name in names} for step in self.gradients]
+        return replace(self, gradients=gradients, updates={name: u for name, u in self.updates.items() if name in names})
 
 
 @dataclass(frozen=True)
@@ -64,6 +72,7 @@ TOLERANCES = {
         "the distance from fp32, at most twice that of one process in bf16: both round at 2^-9, in other places (for one "
         "parameter, a small sample of roundings, four times)",
     ),
+    "fp16": Tolerance(2.0, "as bf16's: the distance from fp32, at most twice that of one process in fp16; both round at 2^-12"),
 }
 
 
@@ -117,13 +126,16 @@ def trace(cfg: Config, topo: Topology, steps: int) -> Trace:
     _, engine = build.build_engine(cfg, topo)
     loader = build.loader(cfg, MadeUpSamples(cfg.model.vocab_size or 0, cfg.train.seq_len, cfg.seed), topo)
     dropout = cfg.seed if cfg.model.dropout > 0 else None
-    step = TrainStep(engine, loader, BatchPlan(cfg.train), topo, lambda s: cfg.optim.lr, dropout, lambda: False)
+    passes, scaler = build.build_passes(cfg, engine, topo), loss_scaler(cfg.precision)
+    step = TrainStep(passes, loader, BatchPlan(cfg.train), topo, lambda s: cfg.optim.lr, dropout, lambda: False, scaler)
     out, before = Trace(), _weights(engine)
     for number in range(steps):
         loss, _, _ = step.gradients(number)
         out.losses.append(float(all_reduce_world(loss.double().cpu(), topo)))
-        out.gradients.append({k.removeprefix("grad."): full(v).clone() for k, v in engine.state().items() if k.startswith("grad.")})
-        out.norms.append(float(engine.step(cfg.optim.lr)))
+        scale = 1.0 if scaler is None else scaler.scale
+        gradients = {k.removeprefix("grad."): v for k, v in engine.state().items() if k.startswith("grad.")}
+        out.gradients.append({name: full(gradient) / scale for name, gradient in gradients.items()})
+        out.norms.append(float(engine.step(cfg.optim.lr, None if scaler is None else scale)))
     out.updates = {name: after - before[name] for name, after in _weights(engine).items()}
     return out
 
@@ -169,20 +181,22 @@ def _ratio(error: float, size: float) -> float:
     return error / size if size > 0 and error == error else 0.0 if error == 0 else float("inf")  # noqa: PLR0124  (nan)
 
 
-def _relative_to(found: dict[str, dict[str, float]], one: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+def _relative_to(
+    found: dict[str, dict[str, float]], one: dict[str, dict[str, float]], rounding: float
+) -> dict[str, dict[str, float]]:
     """Distances as multiples of what one process has in the same place.
 
     The distance of all parameters together hardly varies: layouts come to 1.0 to 1.2. A bias of 16 numbers is a sample of 16
     roundings, so for one parameter the measure is twice its own distance in one process, or the median parameter's where that is
     more. A gradient norm can be as far off as the gradients (triangle inequality); a loss, a mean over some 10^2 tokens, is given a
-    quarter of bf16's 2^-9 at least, as that of one process may be right by chance.
+    quarter of a rounding at least, as that of one process may be right by chance.
     """
     middle = {quantity: median(errors.values()) for quantity, errors in one.items()}
 
     def size(quantity: str, where: str) -> float:
         own = one[quantity].get(where, 0.0)
         if quantity == "loss":
-            return max(own, 2.0**-11)
+            return max(own, rounding / 4)
         if quantity == "gradient norm":
             return max(own, one["gradient"][f"{ALL}, {where}"])
         return own if where.startswith(ALL) else 2 * max(own, middle[quantity])
@@ -191,8 +205,8 @@ def _relative_to(found: dict[str, dict[str, float]], one: dict[str, dict[str, fl
 
 
 def reference(cfg: Config, steps: int) -> list[Trace]:
-    """What a layout is compared with: the run of one process; in bf16 [fp32, bf16]."""
-    names = ["fp32", "bf16"] if cfg.precision.name == "bf16" else [cfg.precision.name]
+    """What a layout is compared with: the run of one process; in bf16 [fp32, bf16], in fp16 likewise."""
+    names = ["fp32", cfg.precision.name] if cfg.precision.name in HALF else [cfg.precision.name]
     return [trace(single(cfg, name), SINGLE, steps) for name in names]
 
 
@@ -201,9 +215,12 @@ def _rank(rank: Rank, cfg: Config, steps: int, truths: list[Trace]) -> list[list
     # A full tensor of a parameter that two axes cut takes two gathers; torch warns that this is slow. It is a proof, not a step.
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     topo = build.topology(cfg, rank, torch.device("cpu"))
-    found = distances(trace(cfg, topo, steps), truths[0])
+    mine = trace(cfg, topo, steps)
+    absent = set(truths[0].updates) - {name for stage in gather_json(sorted(mine.updates), topo, "pp") for name in stage}
+    truths = [truth.of(set(mine.updates) | absent) for truth in truths]
+    found = distances(mine, truths[0])
     if len(truths) > 1:
-        found = _relative_to(found, distances(truths[1], truths[0]))
+        found = _relative_to(found, distances(truths[1], truths[0]), HALF[cfg.precision.name])
     rows = []
     for quantity, errors in found.items():
         worst = sorted(errors, key=errors.__getitem__, reverse=True)[:SHOWN]
@@ -230,7 +247,15 @@ def compare(cfg: Config, world: int, steps: int, truths: list[Trace] | None = No
 
 
 def tolerance(cfg: Config) -> Tolerance:
-    return TOLERANCES[cfg.precision.name]
+    """
+    Raises:
+        UserError: there is none that could be derived.
+    """
+    name = cfg.precision.name
+    if name not in TOLERANCES:
+        raise UserError(f"precision={name} has no parity, as its products need a GPU; compare the layout with one of "
+                        f"precision={', '.join(TOLERANCES)}")  # fmt: skip
+    return TOLERANCES[name]
 
 
 def passed(rows: list[Row], limit: Tolerance) -> bool:
@@ -239,14 +264,14 @@ def passed(rows: list[Row], limit: Tolerance) -> bool:
 
 def parity(small: Config, world: int, steps: int) -> tuple[str, bool]:
     """The report of the verb, and whether all is equal. `small` has been shrunk and vetted."""
+    limit = tolerance(small)
     check(small, world)
     small, optimizer = comparable(small)
-    limit = tolerance(small)
     rows = compare(small, world, steps)
     ok = passed(rows, limit)
     m = small.model
     layout = "  ".join(f"{key}={value}" for key, value in _layout(small, world).items())
-    unit = "x one process in bf16" if small.precision.name == "bf16" else "relative"
+    unit = f"x one process in {small.precision.name}" if small.precision.name in HALF else "relative"
     wide, t = max(len(row.where) for row in rows), small.train
     lines = [
         f"layout     {layout}",
@@ -269,4 +294,8 @@ def _layout(cfg: Config, world: int) -> dict[str, Any]:
     out: dict[str, Any] = {"engine": cfg.engine.name, "tp": p.tp, "dp": world // (p.tp * p.pp * p.cp)}
     if p.tp > 1:
         out |= {"sequence_parallel": p.sequence_parallel is not False, "overlap": p.overlap}
+    if p.pp > 1:
+        out |= {"pp": p.pp, "schedule": p.schedule, "stages": [len(layers) for layers in build.stage_layers(cfg)]}
+    if p.recompute != "none":
+        out["recompute"] = p.recompute
     return out

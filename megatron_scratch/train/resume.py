@@ -14,11 +14,15 @@ from megatron_scratch.parallel.collectives import gather_json
 from megatron_scratch.train.batches import BatchPlan
 from megatron_scratch.train.metrics import View
 from megatron_scratch.train.rundir import RunDir
+from megatron_scratch.train.scaler import LossScaler
 from megatron_scratch.util.errors import RunFailed, UserError
 
 
-def resume(cfg: Config, run_dir: RunDir, engine: Engine, plan: BatchPlan, facts: dict[str, Any], topo: Topology, view: View) -> int:
-    """Load what `checkpoint.resume` says into the engine. Returns the step to go on from; collective.
+def resume(
+    cfg: Config, run_dir: RunDir, engine: Engine, plan: BatchPlan, facts: dict[str, Any], topo: Topology, view: View,
+    scaler: LossScaler | None = None,
+) -> int:  # fmt: skip
+    """Load what `checkpoint.resume` says into the engine and the loss scaler. Returns the step to go on from; collective.
 
     Raises:
         UserError: the checkpoint is of another model, data or seed; or there is one where `never` was asked for.
@@ -32,6 +36,8 @@ def resume(cfg: Config, run_dir: RunDir, engine: Engine, plan: BatchPlan, facts:
     engine.load(store.shapes(manifest), lambda state: store.load(folder, manifest, state, topo))
     step = int(manifest["step"])
     plan.rebase(step, int(manifest["samples"]))
+    if scaler is not None and "scaler" in manifest:  # it is not in one of another precision
+        scaler.load(manifest["scaler"])
     if topo.is_main:
         run_dir.rewind(step)
         run_dir.record("resume", step=step, path=str(folder), samples=manifest["samples"])

@@ -19,12 +19,13 @@ from megatron_scratch.train import build
 from megatron_scratch.train.batches import BatchPlan
 from megatron_scratch.train.evaluate import Evaluation, evaluate
 from megatron_scratch.train.fault import StopFlag
-from megatron_scratch.train.hooks import Evaluate, LogMetrics, Rates, SaveCheckpoint
+from megatron_scratch.train.hooks import Evaluate, LogMetrics, Rates, RecordSkips, SaveCheckpoint
 from megatron_scratch.train.loop import Hook, train
 from megatron_scratch.train.metrics import Logged, Silent, View, peak_flops
 from megatron_scratch.train.plot import plot_loss
 from megatron_scratch.train.resume import resume
 from megatron_scratch.train.rundir import RunDir
+from megatron_scratch.train.scaler import loss_scaler
 from megatron_scratch.train.step import TrainStep
 from megatron_scratch.util.env import Rank, read_rank
 from megatron_scratch.util.errors import StopRequested
@@ -57,32 +58,40 @@ def run(cfg: Config, rank: Rank, store_file: Path | None = None) -> dict[str, An
 
 def _train(cfg: Config, topo: Topology, run_dir: RunDir, view: View, stop: StopFlag) -> dict[str, Any]:
     data = open_data(cfg.data, cfg.train.seq_len, cfg.seed)
-    model, engine = build.build_engine(cfg, topo)
+    models, engine = build.build_engine(cfg, topo)
+    passes = build.build_passes(cfg, engine, topo)
     plan = BatchPlan(cfg.train)
     facts = build.facts(cfg, data)
-    first = resume(cfg, run_dir, engine, plan, facts, topo, view)
+    scaler = loss_scaler(cfg.precision)
+    first = resume(cfg, run_dir, engine, plan, facts, topo, view, scaler)
     if topo.is_main:
         compose.save(cfg, run_dir.config)
         if data.tokenizer is not None:
             data.tokenizer.save(run_dir.path)  # a run can write text wherever its data has gone
-        run_dir.record("start", step=first, world=topo.world, tp=topo.size("tp"), engine=cfg.engine.name, steps=cfg.train.steps)
+        run_dir.record("start", step=first, world=topo.world, tp=topo.size("tp"), pp=topo.size("pp"),
+                       engine=cfg.engine.name, steps=cfg.train.steps)  # fmt: skip
 
     rates = _rates(cfg, topo, plan, first)
     hooks: list[Hook] = [LogMetrics(cfg.train.log_every, topo, run_dir, view, rates)]
+    if scaler is not None:
+        hooks.append(RecordSkips(scaler, topo, run_dir, view))
     if data.valid is not None:
         sizes = data.tokenizer.bytes_per_id if data.tokenizer else None
 
         def measure() -> Evaluation:
-            return evaluate(model, engine.forward, build.validation(cfg, data, topo), topo, sizes, _eval_limit(cfg, topo))
+            return evaluate(models, passes.loss, build.validation(cfg, data, topo), topo, sizes, _eval_limit(cfg, topo))
 
         hooks.append(Evaluate(cfg.train.eval_every, topo, run_dir, view, rates, measure))
-    hooks.append(
-        SaveCheckpoint(cfg.checkpoint, topo, run_dir, engine, rates, lambda step: {**facts, "samples": plan.consumed(step)})
-    )
+
+    def position(step: int) -> dict[str, Any]:
+        return {**facts, "samples": plan.consumed(step), **({} if scaler is None else {"scaler": scaler.state()})}
+
+    hooks.append(SaveCheckpoint(cfg.checkpoint, topo, run_dir, engine, rates, position))
 
     dropout = cfg.seed if cfg.model.dropout > 0 else None
     step = TrainStep(
-        engine, build.loader(cfg, data.train, topo), plan, topo, build.learning_rate(cfg), dropout, lambda: bool(stop.reason)
+        passes, build.loader(cfg, data.train, topo), plan, topo, build.learning_rate(cfg), dropout, lambda: bool(stop.reason),
+        scaler,
     )
     if first >= cfg.train.steps:
         view.say(f"already at step {first}; raise train.steps={cfg.train.steps} to go on")

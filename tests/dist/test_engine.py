@@ -43,7 +43,7 @@ def _optimizer(named: dict[str, nn.Parameter]) -> torch.optim.Optimizer:
 def build(topo: Topology, clip: float) -> DDPEngine:
     model = Wrapper()
     fill = partial(materialize, model.core, 5, topo.device)
-    return DDPEngine(DDPConfig(), Parts(model, model.core, fill, _optimizer, topo, clip))
+    return DDPEngine(DDPConfig(), Parts((model,), (model.core,), fill, _optimizer, topo, clip))
 
 
 def _train(topo: Topology, micro: int, clip: float) -> tuple[list[float], dict[str, list[float]]]:

@@ -122,7 +122,7 @@ def build(
 ) -> zero.ZeroEngine:
     model = Wrapper(topo)
     fill = partial(materialize, model.core, 5, topo.device)
-    parts = Parts(model, model.core, fill, partial(_optimizer, kind), topo, clip, dtype)
+    parts = Parts((model,), (model.core,), fill, partial(_optimizer, kind), topo, clip, dtype)
     return zero.ZeroEngine(_config(name, offload), parts)
 
 
@@ -292,7 +292,7 @@ def _parts(topo: Topology = SINGLE, dtype: torch.dtype = torch.float32) -> Parts
     def muon(named: dict[str, nn.Parameter]) -> torch.optim.Optimizer:
         return optimizers.muon(MuonConfig(), param_groups(named.items(), MuonConfig(groups=[])))
 
-    return Parts(model, model.core, partial(materialize, model.core, 0, CPU), muon, topo, 0.0, dtype)
+    return Parts((model,), (model.core,), partial(materialize, model.core, 0, CPU), muon, topo, 0.0, dtype)
 
 
 @pytest.mark.parametrize(("parts", "words"), [

@@ -19,7 +19,7 @@ from megatron_scratch.models.norms import apex_layer_norm, apex_rms_norm, layer_
 from megatron_scratch.optim import param_groups
 from megatron_scratch.parallel import SINGLE, Topology
 from megatron_scratch.train import build
-from megatron_scratch.train.step import to_device
+from megatron_scratch.train.passes import to_device
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 

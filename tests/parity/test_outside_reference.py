@@ -26,7 +26,8 @@ from megatron_scratch.parallel import SINGLE, Topology
 from megatron_scratch.parallel.layout import ZEROS, Layout, global_slice, local
 from megatron_scratch.train import build
 from megatron_scratch.train.batches import BatchPlan
-from megatron_scratch.train.step import TrainStep, to_device
+from megatron_scratch.train.passes import to_device
+from megatron_scratch.train.step import TrainStep
 from megatron_scratch.util.env import Rank
 
 STEPS, LR, BETAS, DECAY, CLIP = 10, 1e-3, (0.9, 0.95), 0.1, 1.0
@@ -99,7 +100,8 @@ def ours(topo: Topology, cfg: Config, folder: Path) -> tuple[list[float], list[f
     _, engine = build.build_engine(cfg, topo)
     engine.load(store.shapes(manifest), lambda state: store.load(folder, manifest, state, topo))
     loader = build.loader(cfg, open_data(cfg.data, SEQ, cfg.seed).train, topo)
-    step = TrainStep(engine, loader, BatchPlan(cfg.train), topo, build.learning_rate(cfg), None, lambda: False)
+    passes, plan = build.build_passes(cfg, engine, topo), BatchPlan(cfg.train)
+    step = TrainStep(passes, loader, plan, topo, build.learning_rate(cfg), None, lambda: False)
     losses, norms, states = [], [], []
     for i in range(STEPS):
         losses.append(step.gradients(i)[0].item())

@@ -30,7 +30,7 @@ REFUSED = [
     (["train.global_batch_size=10", "train.micro_batch_size=4"], ["10", "4", "8, 12"]),
     (["train.ramp.start=3", "train.ramp.increment=4"], ["train.ramp", "start=3"]),
     (["train.steps=0"], ["train.steps=0", "at least 1"]),
-    (["parallel.pp=2"], ["parallel.pp=2", "not in this version"]),
+    (["parallel.ep=2"], ["parallel.ep=2", "not in this version"]),
     (["optim=sgd", "optim.betas=[0.9,0.9]"], ["optim.betas"]),
     (["optim.betas=[1.0,0.9]"], ["optim.betas", "[0, 1)"]),
     (["optim.lr=0"], ["optim.lr=0"]),

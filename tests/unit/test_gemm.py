@@ -68,7 +68,7 @@ def test_compiled_blocks_give_the_same_loss(precision: str) -> None:
     losses = []
     for compiled in (False, True):
         cfg = compose.load(["model=llama_tiny", "model.vocab_size=64", f"precision={precision}", f"train.compile={compiled}"])
-        model, engine = build.build_engine(cfg, SINGLE)
+        _, engine = build.build_engine(cfg, SINGLE)
         ids = torch.randint(0, 64, (2, 33), generator=torch.Generator().manual_seed(0))
         loss = engine.forward(ids[:, :-1], ids[:, 1:].contiguous(), None, None) / 64
         engine.backward(loss)

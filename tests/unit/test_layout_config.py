@@ -25,7 +25,7 @@ REFUSED = [
     (2, ["parallel.tp=2", "train.seq_len=7", "train.micro_batch_size=1"], ["7 tokens", "parallel.tp=2", "sequence_parallel=false"]),
     (1, ["parallel.sequence_parallel=true"], ["parallel.sequence_parallel=true has no effect", "parallel.tp=1"]),
     (1, ["parallel.overlap=true"], ["parallel.overlap=true has no effect", "parallel.tp=1"]),
-    (1, ["parallel.pp=2"], ["parallel.pp=2", "not in this version"]),
+    (1, ["parallel.ep=2"], ["parallel.ep=2", "not in this version"]),
     (2, ["parallel.cp=2"], ["parallel.cp=2", "not in this version"]),
     (4, ["engine=hsdp", "train.micro_batch_size=4"], ["engine=hsdp", "one copy per node = 1", "engine.replicas=N", "engine=fsdp"]),
     (4, ["engine=hsdp", "engine.replicas=3", "train.micro_batch_size=4"], ["engine.replicas=3", "size 4", "[2, 4]"]),

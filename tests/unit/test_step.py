@@ -14,14 +14,15 @@ from megatron_scratch.parallel import SINGLE
 from megatron_scratch.train import build
 from megatron_scratch.train.batches import BatchPlan
 from megatron_scratch.train.evaluate import evaluate
-from megatron_scratch.train.step import TrainStep, to_device
+from megatron_scratch.train.passes import WholeModel, to_device
+from megatron_scratch.train.step import TrainStep
 
 
 @pytest.mark.parametrize("extra", [[], ["data.mask_documents=true"], ["data.mask_eod=false"]])
 def test_loss_is_the_mean_over_predicted_tokens(extra: list[str], corpus: Path, tmp_path: Path) -> None:
     cfg = config(corpus, tmp_path, *extra)
     data = open_data(cfg.data, cfg.train.seq_len, cfg.seed)
-    model, engine = build.build_engine(cfg, SINGLE)
+    (model,), engine = build.build_engine(cfg, SINGLE)
     loader = build.loader(cfg, data.train, SINGLE)
     masked = Loader(data.train, cfg.train.micro_batch_size)  # to find a batch with the end of a document in it
     size = cfg.train.global_batch_size
@@ -37,17 +38,18 @@ def test_loss_is_the_mean_over_predicted_tokens(extra: list[str], corpus: Path, 
     assert (plain.numel() < size * cfg.train.seq_len) == ("data.mask_eod=false" not in extra)
     plan = BatchPlan(cfg.train)
     plan.rebase(0, first)
-    step = TrainStep(engine, loader, plan, SINGLE, lambda s: 0.0, None, lambda: False)
+    step = TrainStep(WholeModel(engine, SINGLE), loader, plan, SINGLE, lambda s: 0.0, None, lambda: False)
     assert step(0).loss.item() == pytest.approx(plain.mean().item(), rel=1e-6)
 
 
 def test_evaluation_is_the_mean_over_the_whole_set(corpus: Path, tmp_path: Path) -> None:
     cfg = config(corpus, tmp_path)
     data = open_data(cfg.data, cfg.train.seq_len, cfg.seed)
-    model, engine = build.build_engine(cfg, SINGLE)
+    (model,), engine = build.build_engine(cfg, SINGLE)
     assert data.valid is not None and data.tokenizer is not None
     cfg.train.micro_batch_size = 7  # does not divide the number of windows
-    found = evaluate(model, engine.forward, build.validation(cfg, data, SINGLE), SINGLE, data.tokenizer.bytes_per_id, None)
+    batches, sizes = build.validation(cfg, data, SINGLE), data.tokenizer.bytes_per_id
+    found = evaluate([model], WholeModel(engine, SINGLE).loss, batches, SINGLE, sizes, None)
     total, count, length = 0.0, 0, 0
     with torch.no_grad():
         for i in range(len(data.valid)):
