@@ -104,7 +104,7 @@ def expected(cfg: Config, topo: Topology, microbatches: int) -> Tally:
         layers = [[s for n, s in shapes.items() if n.startswith(f"layers.{i}.")] for i in range(step.layers)]
         outer = [s for n, s in shapes.items() if not n.startswith("layers.")]
         shard, index = topo.size("shard"), topo.index("shard" if topo.size("replicate") > 1 else "dp")
-        messages = traffic.fsdp(step, layers, outer, shard, cfg.engine.reshard_after_forward)
+        messages = traffic.fsdp(step, layers, outer, shard, cfg.engine.reshard_after_forward is not False)
     else:
         from megatron_scratch.engine.zero import STAGES
 

@@ -88,7 +88,7 @@ def _check_scale(p: PrecisionConfig, engine: str) -> None:
 
 def _check_fp8(engine: str, parallel: ParallelConfig, m: ModelConfig, tokens: int) -> None:
     if find_spec("torchao") is None:
-        raise UserError("precision=fp8 needs torchao, which is not installed; pip install -c constraints.txt torchao, or use "
+        raise UserError("precision=fp8 needs torchao, which is not installed; pip install -c constraints.txt -e '.[fp8]', or use "
                         "precision=bf16")  # fmt: skip
     if parallel.tp > 1:
         raise UserError(f"precision=fp8 with parallel.tp={parallel.tp}: a rank would scale by the largest number of its part of a "

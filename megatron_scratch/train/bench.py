@@ -19,6 +19,7 @@ from megatron_scratch.models.flops import count_parameters, flops_per_token
 from megatron_scratch.train import build
 from megatron_scratch.train.metrics import memory_gib, peak_flops, synchronize
 from megatron_scratch.train.passes import to_device
+from megatron_scratch.train.scaler import LossScaler, loss_scaler
 from megatron_scratch.util.env import Rank
 from megatron_scratch.util.errors import UserError
 
@@ -50,13 +51,14 @@ def bench(cfg: Config) -> str:
     check(cfg, world=1)
     with build.process_group(cfg, Rank(), None) as topo:
         _, engine = build.build_engine(cfg, topo)
-        rng, clock, totals = np.random.default_rng(cfg.seed), Clock(topo.device), []
+        rng, clock, totals, scaler = np.random.default_rng(cfg.seed), Clock(topo.device), [], loss_scaler(cfg.precision)
         for i in range(cfg.bench.warmup + cfg.bench.steps):
             if i == cfg.bench.warmup:
                 clock.seconds.clear()
                 totals.clear()
             start = time.perf_counter()
-            _step(cfg, engine, [_batch(cfg, rng) for _ in range(cfg.train.global_batch_size // cfg.train.micro_batch_size)], clock)
+            batches = [_batch(cfg, rng) for _ in range(cfg.train.global_batch_size // cfg.train.micro_batch_size)]
+            _step(cfg, engine, batches, clock, scaler)
             totals.append(time.perf_counter() - start)
         return _report(cfg, totals, clock, topo.device)
 
@@ -66,17 +68,19 @@ def _batch(cfg: Config, rng: np.random.Generator) -> Batch:
     return Batch(np.ascontiguousarray(ids[:, :-1]), np.ascontiguousarray(ids[:, 1:]), None, None, 0)
 
 
-def _step(cfg: Config, engine: Any, batches: list[Batch], clock: Clock) -> None:
+def _step(cfg: Config, engine: Any, batches: list[Batch], clock: Clock, scaler: LossScaler | None) -> None:
     tokens = cfg.train.global_batch_size * cfg.train.seq_len
     seed = cfg.seed if cfg.model.dropout > 0 else None
     for i, batch in enumerate(batches):
         with engine.microbatch(last=i == len(batches) - 1):
             with clock.phase("forward"):
-                loss = engine.forward(*to_device(batch, clock.device), seed) / tokens
+                loss = engine.forward(*to_device(batch, clock.device), seed) * (scaler.scale if scaler else 1.0) / tokens
             with clock.phase("backward"):
                 engine.backward(loss)
     with clock.phase("optimizer"):
-        engine.step(cfg.optim.lr)
+        norm = engine.step(cfg.optim.lr, scaler.scale if scaler else None)
+        if scaler is not None:
+            scaler.update(bool(norm.isfinite()))
 
 
 def _report(cfg: Config, totals: list[float], clock: Clock, device: torch.device) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
+from shutil import which
 
 import torch
 import torch.nn.functional as F
@@ -104,6 +105,8 @@ def _attention(device: torch.device) -> Iterator[Check]:
         backward = device.type != "cpu" or able.cpu_backward
         cases = CASES if name != "flex" else CASES[3:4]  # each compiles a kernel, which takes seconds
         missing = choose(device, torch.bfloat16)[1].partition(";")[0] if name == "flash_attn" else ""
+        if name == "flex" and device.type == "cpu" and which("g++") is None:
+            missing = "torch.compile needs g++"
         precisions = tuple(p for p in _precisions(device) if p in able.dtypes)
         error = partial(_attention_error, name, cases, device, backward)
         yield Check(f"attention {name}", error, precisions, "" if backward else ", forward only", missing)

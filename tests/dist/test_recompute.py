@@ -32,6 +32,9 @@ ROWS = [
     (Cell(2, "zero3", "gpt2", 4, False), [FULL, "engine.persist=8"]),
     (Cell(1, "zero3", "llama", 4, False), [SELECTIVE, OFFLOAD, "engine.persist=0"]),
     (Cell(1, "zero3", "gpt2", 1, False), [FULL, OFFLOAD, "precision=bf16"]),
+    (Cell(2, "fsdp", "gpt2", 4, True), [FULL, "parallel.pp=2"]),
+    (Cell(1, "ddp", "gpt2", 4, False), [*BUDGET, "parallel.pp=2", "parallel.schedule=zbv_zero_bubble"]),
+    (Cell(1, "ddp", "llama", 4, False), [*OPS, "parallel.pp=2", "parallel.schedule=zbv_zero_bubble"]),
 ]
 
 

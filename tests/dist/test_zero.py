@@ -307,7 +307,7 @@ def test_refusals(parts: Parts, words: str) -> None:
 
 def test_stage_3_refuses_compiled_modules() -> None:
     parts = _parts()
-    parts.core.compile()
+    parts.cores[0].compile()
     with pytest.raises(UserError, match="train.compile=true"):
         zero.ZeroEngine(Zero3Config("zero3"), parts)
 

@@ -85,3 +85,14 @@ def test_an_id_outside_of_the_vocabulary_ends_every_stage_alike(
     assert run(cfg, world) == [2] * world
     lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error:")]
     assert len(lines) == world and all("allowed: 0 to 99 (model.vocab_size=100)" in line for line in lines)
+
+
+@pytest.mark.full
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("layout", ["interleaved", "pp_fsdp"])
+def test_compiled_blocks_compute_the_same(layout: str, corpus: Path, tmp_path: Path) -> None:
+    for name, compiled in (("one", False), (layout, True)):
+        _go(corpus, tmp_path / name, name, "train.steps=3", "model.dropout=0.1", f"train.compile={compiled}", "train.eval_every=0")
+    one, other = rows(tmp_path / "one"), rows(tmp_path / layout)
+    for step, (loss, norm) in one.items():
+        assert other[step] == (pytest.approx(loss, rel=1e-5), pytest.approx(norm, rel=1e-5)), step

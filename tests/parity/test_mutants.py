@@ -7,16 +7,19 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import stages
 import torch
 import torch.distributed as dist
 from cells import Cell, References, compare
 
-from megatron_scratch.engine import clip, ddp, fsdp
+from megatron_scratch.engine import clip, ddp, fsdp, torch_engine
 from megatron_scratch.engine.torch_engine import TorchEngine
 from megatron_scratch.models import decoder, dropout, linear, objective
 from megatron_scratch.parallel import tensor
+from megatron_scratch.parallel.deferred import WeightGradients
 from megatron_scratch.parallel.topology import Topology
 from megatron_scratch.train import parity
+from megatron_scratch.train.passes import Stages
 
 PLAIN, SEQUENCE = Cell(2, "ddp", "gpt2", 4, False), Cell(2, "ddp", "gpt2", 4, True)
 LLAMA, SHARDED = Cell(2, "ddp", "llama", 4, True), Cell(2, "fsdp", "llama", 4, True)
@@ -45,7 +48,7 @@ def rank_in_seed(*parts: object) -> int:
 dropout_seed = dropout.seed_from
 
 # name, the mutant, where it lives, further overrides, the quantity in which it must show
-Mutant = tuple[str, Patch, Cell, list[str], str]
+Mutant = tuple[str, Patch, Cell | stages.Cell, list[str], str]
 DROPOUT = ["model.dropout=0.2"]
 
 REDUCTIONS: list[Mutant] = [
@@ -92,7 +95,35 @@ RANDOMNESS: list[Mutant] = [
     ("dropout: every rank's heads draw as the first rank's",
      replace(decoder.Attention, "first_head", property(lambda self: 0, lambda self, value: None)), PLAIN, DROPOUT, "loss"),
 ]  # fmt: skip
-MUTANTS = [*REDUCTIONS, *COUNTS, *RANDOMNESS]
+
+
+def take_all_but_one(self: WeightGradients) -> Callable[[], None]:
+    self.left = self.left[1:]
+    return take(self)
+
+
+def one_seed(self: Stages, batches: list[Any], seeds: list[int], divisor: float) -> torch.Tensor:
+    return gradients(self, batches, seeds[:1] * len(seeds), divisor)
+
+
+take, gradients = WeightGradients.take, Stages.gradients
+TIED, V = stages.Cell(2, "1f1b", "ddp", 1, "none", 1), stages.Cell(2, "zbv_zero_bubble", "fsdp", 1, "none", 2)
+GPT2 = ["model=gpt2_tiny", "model.tie_embeddings=true", "data.mask_documents=false"]
+PIPELINE: list[Mutant] = [
+    ("pipeline: each end of a tied embedding keeps its own gradient",
+     replace(torch_engine, "swap", lambda x, *_: torch.zeros_like(x)), TIED, GPT2, "gradient"),
+    ("pipeline: a tied embedding counts twice in the norm",
+     replace(TorchEngine, "_counted", lambda self, gradients: list(gradients.values())), TIED, GPT2, "gradient norm"),
+    ("pipeline: the second of a tied embedding is not updated",
+     replace(TorchEngine, "_update_copies", lambda self: None), V, GPT2, "gradient"),
+    ("pipeline: a norm over this stage alone",
+     replace(clip, "all_reduce_world", lambda x, topo: x), TIED, GPT2, "gradient norm"),
+    ("pipeline: a weight gradient left for later is forgotten",
+     replace(WeightGradients, "take", take_all_but_one), V, GPT2, "gradient"),
+    ("pipeline: every microbatch draws the dropout of the first",
+     replace(Stages, "gradients", one_seed), TIED, [*GPT2, "model.dropout=0.2"], "gradient"),
+]  # fmt: skip
+MUTANTS = [*REDUCTIONS, *COUNTS, *RANDOMNESS, *PIPELINE]
 
 
 @pytest.fixture(scope="module")

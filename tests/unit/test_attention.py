@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from shutil import which
 
 import pytest
 import torch
@@ -185,6 +186,8 @@ def test_what_is_not_refused() -> None:
     checked(
         "model.attention=flash_attn", "precision=bf16", "model.dropout=0.1", "model.sliding_window=9", gpus=1, versions=("2", "4")
     )
+    model = compose.load(["model.attention=flash_attn"]).model
+    attention.check_attention(model, "fp8", documents=True, here=False)  # its attention is bf16
     assert [portable(name) for name in ("sdpa", "flex", "flash_attn", "a plugin's")] == ["sdpa", "auto", "auto", "a plugin's"]
 
 
@@ -266,6 +269,7 @@ def test_flex_forward(dtype: torch.dtype) -> None:
     assert not {case: e for case in some if (e := worst(attend_flex.flex, case, dtype, CPU, backward=False)) > ALLOWED}
 
 
+@pytest.mark.skipif(which("g++") is None, reason="torch.compile needs g++")
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")
 def test_compiled_flex_is_compiled_once_for_all_documents() -> None:
     torch.compiler.reset()

@@ -66,6 +66,10 @@ def test_a_check_s_line() -> None:
 
 
 def test_flex_is_checked_forward_only_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "which", lambda name: None)
+    (check,) = (c for c in module._attention(CPU) if c.name == "attention flex")
+    assert check.run() == (f"  {'attention flex':<24}not here: torch.compile needs g++", True)
+    monkeypatch.setattr(module, "which", lambda name: name)
     (check,) = (c for c in module._attention(CPU) if c.name == "attention flex")
     asked: list[object] = []
     monkeypatch.setattr(module, "worst", lambda *args: asked.append(args[1:]) or 1.0)
