@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -12,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_scratch.util.errors import UserError
+from megatron_scratch.util.machine import local_gpus
 
 if TYPE_CHECKING:
     from megatron_scratch.config.model import ModelConfig
@@ -75,15 +74,6 @@ def flash_versions() -> tuple[str, ...]:
     return tuple(version for version in FLASH if there[version])
 
 
-@cache
-def gpus() -> int:
-    """GPUs of this machine by nvidia-smi: importing torch to count them would take seconds."""
-    if shutil.which("nvidia-smi") is None:
-        return 0
-    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
-    return sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
-
-
 def check_attention(m: ModelConfig, precision: str, documents: bool, here: bool) -> None:
     """Refuse a backend that cannot compute this model, or, if `here`, cannot train on this machine. A plugin's is not judged.
 
@@ -139,7 +129,7 @@ def check_machine(name: str, dropout: float = 0.0) -> None:
     if name == "flash_attn" and dropout > 0 and not any(FLASH[version].dropout for version in flash_versions()):
         raise UserError(f"model.attention=flash_attn: of flash-attn only 2.x knows dropout, got model.dropout={dropout} and "
                         f"{' and '.join(flash_versions())}.x; pip install flash-attn, or {INSTEAD}")  # fmt: skip
-    if not able.cpu_backward and gpus() == 0:
+    if not able.cpu_backward and local_gpus() == 0:
         lacks = "has no backward on a CPU" if able.cpu else "computes on GPUs only"
         raise UserError(f"model.attention={name} {lacks}, and nvidia-smi lists no GPU here; {INSTEAD}")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from megatron_scratch.config.model import ModelConfig
-from megatron_scratch.config.pipeline import schedule_of
 from megatron_scratch.config.train import ParallelConfig
 from megatron_scratch.util.errors import UserError, choice
 
@@ -76,9 +75,6 @@ def _check_ops(p: ParallelConfig, m: ModelConfig, engine: str) -> None:
     if engine == "zero3":
         raise UserError("parallel.recompute=ops with engine=zero3: DeepSpeed's gathers are operators too, and others in backward "
                         "than in forward; use parallel.recompute=full or selective, or engine=fsdp")  # fmt: skip
-    if p.pp > 1 and schedule_of(p).splits and (m.bias or m.qkv_bias):
-        raise UserError(f"parallel.recompute=ops with parallel.schedule={p.schedule} and biases, which its products add in place, "
-                        "over what would be kept; use parallel.recompute=full or selective, or model.bias=false")  # fmt: skip
     if p.offload_activations:
         raise UserError("parallel.offload_activations=true with parallel.recompute=ops: what the operators keep cannot be moved to "
                         "the host; use parallel.recompute=none, full, selective or budget")  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 from copy import deepcopy
 from math import sqrt
 
+from megatron_scratch.config.attention import portable
 from megatron_scratch.config.engine import HSDPConfig, Zero3Config
 from megatron_scratch.config.model import ModelConfig
 from megatron_scratch.config.optim import ScheduleConfig
@@ -43,6 +44,7 @@ def vet(cfg: Config, world: int) -> None:
         probe.train.global_batch_size *= world
         if isinstance(probe.engine, HSDPConfig) and probe.engine.replicas != 1:
             probe.engine.replicas = COPIES
+    probe.model.attention = portable(probe.model.attention)
     probe.model.vocab_size = probe.model.vocab_size or VOCAB
     check(probe, world if cfg.launcher.processes is None else cfg.launcher.processes)
 
@@ -70,7 +72,7 @@ def shrink(cfg: Config, world: int) -> Config:
     t.seq_len, t.ramp, t.compile = small.model.max_seq_len, BatchRamp(), False
     small.launcher.processes = world
     small.schedule = ScheduleConfig()
-    small.model.norm_kernel = "torch"  # a CPU has no others
+    small.model.norm_kernel, small.model.attention = "torch", portable(small.model.attention)  # a CPU has no others
     if hasattr(small.optim, "kernel"):
         small.optim.kernel = "torch"
     small.data.check_ids = True

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from megatron_scratch.config.engine import DDPConfig
 from megatron_scratch.engine.base import Parts
 from megatron_scratch.engine.torch_engine import TorchEngine
-from megatron_scratch.parallel.layout import localize
+from megatron_scratch.parallel.layout import keep_copies, localize
 
 # torch 2.13 renamed the argument and warns of the old name; 2.11 knows only the old one.
 _DDP_ARGUMENTS = inspect.signature(DistributedDataParallel.__init__).parameters
@@ -44,6 +44,17 @@ class DDPEngine(TorchEngine):
         self.of_stage = [list(core.parameters()) for core in parts.cores]
         self.sums: list[tuple[dist.Work, torch.Tensor, list[torch.Tensor]]] = []
         super().__init__(layouts, parts)
+        self._keep_copies()
+
+    def _keep_copies(self) -> None:
+        """A pipeline's microbatches share the weights that they compute with, until these change."""
+        if self.topo.size("pp") > 1:
+            keep_copies(p for parameters in self.of_stage for p in parameters)
+
+    def step(self, lr: float, scale: float | None = None) -> torch.Tensor:
+        norm = super().step(lr, scale)
+        self._keep_copies()
+        return norm
 
     def forward(self, *args: Any) -> torch.Tensor:
         return self.calls[0](*args)  # type: ignore[no-any-return]

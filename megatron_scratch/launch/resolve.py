@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
-import subprocess
-
 from megatron_scratch import registry
 from megatron_scratch.config import Config, check
 from megatron_scratch.config.train import check_parallel
 from megatron_scratch.data.loader import open_data
 from megatron_scratch.util.errors import UserError
+from megatron_scratch.util.machine import local_gpus
 
 
 def world_size(cfg: Config) -> int:
@@ -21,14 +19,6 @@ def world_size(cfg: Config) -> int:
             raise UserError(f"launcher.processes={cfg.launcher.processes} must be at least 1")
         return cfg.launcher.processes
     return max(need, local_gpus() // need * need)
-
-
-def local_gpus() -> int:
-    """GPUs of this machine, asked of nvidia-smi: importing torch to count them would take seconds."""
-    if shutil.which("nvidia-smi") is None:
-        return 0
-    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
-    return sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
 
 
 def resolve(cfg: Config, world: int, nodes: int = 1) -> Config:

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from megatron_scratch import registry
+from megatron_scratch.config.attention import wants_dense
 from megatron_scratch.config.model import ModelConfig
 from megatron_scratch.models.attend import AttendMask, make_mask
 from megatron_scratch.models.attention import Attention
@@ -90,7 +91,7 @@ class Decoder(nn.Module):
         """`layers`: of this stage; default: all."""
         super().__init__()
         self.cfg, self.topo = cfg, topo
-        self.compute_dtype = torch.float32
+        self.compute_dtype, self.dense_mask = torch.float32, wants_dense(cfg.attention)
         layers = range(cfg.num_layers) if layers is None else layers
         self.first, self.last = layers.start == 0, layers.stop == cfg.num_layers
         block, norm = registry.get("block", cfg.norm_place), norm_of(cfg)
@@ -134,7 +135,7 @@ class Decoder(nn.Module):
         if positions_BS is None:
             self.position.check(start + seq - 1)
             positions_BS = torch.arange(start, start + seq, device=tokens_BS.device).unsqueeze(0)
-        mask = make_mask(seq, start + seq, self.cfg.sliding_window, documents_BS, tokens_BS.device)
+        mask = make_mask(seq, start + seq, self.cfg.sliding_window, documents_BS, tokens_BS.device, self.dense_mask)
         rotation = self.position.rotation(positions_BS, self.compute_dtype)
         key = None if seed is None else torch.tensor(int(seed))  # a number, or a row of the batch's seeds
         if self.first:

@@ -67,7 +67,7 @@ class _Deferred(torch.autograd.Function):
         ctx.save_for_backward(x_NI, weight_OI)
         ctx.later, ctx.edge = later, edge
         y_NO = product(x_NI, weight_OI)
-        return y_NO if bias_O is None else y_NO.add_(bias_O)
+        return y_NO if bias_O is None else y_NO + bias_O
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:

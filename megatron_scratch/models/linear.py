@@ -15,7 +15,7 @@ from torch import nn
 
 from megatron_scratch.models.gemm import deferred_linear, linear
 from megatron_scratch.models.overlap import overlapped_linears
-from megatron_scratch.parallel.layout import ZEROS, local, normal, shard_param
+from megatron_scratch.parallel.layout import ZEROS, in_dtype, local, normal, shard_param
 from megatron_scratch.parallel.tensor import enter, leave
 from megatron_scratch.parallel.topology import Topology
 from megatron_scratch.util.errors import UserError
@@ -23,7 +23,7 @@ from megatron_scratch.util.errors import UserError
 
 def cast(parameter: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """This rank's slice of a master weight in the dtype to compute in; its gradient comes back in fp32."""
-    return local(parameter).to(dtype)
+    return in_dtype(parameter, dtype)
 
 
 class ColumnParallelLinear(nn.Module):

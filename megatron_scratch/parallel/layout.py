@@ -9,7 +9,7 @@ fills any slice alone and alike.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -91,6 +91,36 @@ def shard_param(
 def local(parameter: torch.Tensor) -> torch.Tensor:
     """This rank's slice, to compute with."""
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
+@dataclass
+class Copy:
+    """A parameter's copy in the dtype to compute in, for all microbatches of a step: what in `in_dtype` is `parameter.kept`."""
+
+    key: tuple[int, torch.dtype, bool] | None = None
+    tensor: torch.Tensor | None = None
+
+
+def in_dtype(parameter: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """This rank's slice in the dtype to compute in; its gradient comes back in the parameter's own.
+
+    Backward needs what forward multiplied with. In a pipeline a stage has several microbatches between the two, each with a copy of
+    the weights of its own, 2 bytes a parameter in bf16, if nobody keeps one for all: see `keep_copies`.
+    """
+    plain, kept = local(parameter), getattr(parameter, "kept", None)
+    if plain.dtype == dtype or kept is None or torch.compiler.is_compiling():
+        return plain.to(dtype)
+    key = (parameter._version, dtype, torch.is_grad_enabled())
+    if kept.key != key:
+        kept.key, kept.tensor = key, plain.to(dtype)
+    return kept.tensor  # type: ignore[no-any-return]
+
+
+def keep_copies(parameters: Iterable[torch.Tensor]) -> None:
+    """Let `in_dtype` keep a copy of each until this is called again: when weights have changed in a way that their version does not
+    show."""
+    for parameter in parameters:
+        parameter.kept = Copy()  # type: ignore[attr-defined]
 
 
 def layouts(model: nn.Module) -> dict[str, Layout]:

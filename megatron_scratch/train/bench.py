@@ -15,6 +15,7 @@ import torch
 from megatron_scratch import registry
 from megatron_scratch.config import Config, check
 from megatron_scratch.data.loader import Batch
+from megatron_scratch.models.attend import chosen, make_mask
 from megatron_scratch.models.flops import count_parameters, flops_per_token
 from megatron_scratch.train import build
 from megatron_scratch.train.metrics import memory_gib, peak_flops, synchronize
@@ -93,13 +94,22 @@ def _report(cfg: Config, totals: list[float], clock: Clock, device: torch.device
     split = "  ".join(f"{name} {part:.0%}" for name, part in parts.items())
     which = "given" if cfg.train.peak_tflops else "data sheet" if device.type == "cuda" else "measured matmul"
     return "\n".join([
-        f"{count_parameters(cfg.model).total / 1e6:.2f}M parameters, {cfg.precision.name}, attention {cfg.model.attention}, "
-        f"compile {cfg.train.compile}, {tokens:,} tokens/step, {cfg.bench.steps} steps on {_name(device)}",
+        f"{count_parameters(cfg.model).total / 1e6:.2f}M parameters, {cfg.precision.name}, "
+        f"attention {_attention(cfg, device, dtype)}, compile {cfg.train.compile}, {tokens:,} tokens/step, {cfg.bench.steps} steps "
+        f"on {_name(device)}",
         f"tokens/s   min {min(rates):,.0f}  median {middle:,.0f}  max {max(rates):,.0f}",
         f"MFU        {mfu[0]:.1%} (6N + 6Lhs, causal)  {mfu[1]:.1%} (6N + 12Lhs)  of {peak / 1e12:.2f} TFLOP/s ({which})",
         f"step time  {split}",
         f"memory     {memory_gib(device):.2f} GiB peak",
     ])  # fmt: skip
+
+
+def _attention(cfg: Config, device: torch.device, dtype: torch.dtype) -> str:
+    """The backend, and what `auto` has taken."""
+    if cfg.model.attention != "auto":
+        return cfg.model.attention
+    mask = make_mask(cfg.train.seq_len, cfg.train.seq_len, cfg.model.sliding_window, None, device)
+    return f"auto ({chosen(device, dtype, cfg.model.head_size, mask).__name__})"
 
 
 def _name(device: torch.device) -> str:

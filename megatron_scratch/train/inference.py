@@ -11,6 +11,7 @@ import torch
 from megatron_scratch import registry
 from megatron_scratch.checkpoint import store
 from megatron_scratch.config import Config, DataConfig, compose
+from megatron_scratch.config.attention import portable
 from megatron_scratch.config.verbs import EvalArgs, GenerateArgs
 from megatron_scratch.data.loader import open_data
 from megatron_scratch.data.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
@@ -44,9 +45,12 @@ def load_run(run: str, precision: str | None = None) -> Trained:
     folder = resume.named(path, SINGLE)
     cfg = compose.load_file(folder.parent.parent / "config.yaml")
     registry.load_plugins(cfg.plugins)
-    cfg.model.norm_kernel = "auto"  # this machine need not be the one that trained
+    # This machine need not be the one that trained.
+    cfg.model.norm_kernel, cfg.model.attention = "auto", portable(cfg.model.attention)
     if precision is not None:
         choice("precision", precision, registry.names("precision"))
+        if precision == "fp8":
+            raise UserError("precision=fp8 is for training: an evaluation has no use for its products; use precision=bf16")
         cfg.precision.name = precision
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = build.build_model(cfg, SINGLE)

@@ -89,10 +89,8 @@ def _train(cfg: Config, topo: Topology, run_dir: RunDir, view: View, stop: StopF
     hooks.append(SaveCheckpoint(cfg.checkpoint, topo, run_dir, engine, rates, position))
 
     dropout = cfg.seed if cfg.model.dropout > 0 else None
-    step = TrainStep(
-        passes, build.loader(cfg, data.train, topo), plan, topo, build.learning_rate(cfg), dropout, lambda: bool(stop.reason),
-        scaler,
-    )
+    rate, asked = build.learning_rate(cfg), lambda: bool(stop.reason)
+    step = TrainStep(passes, build.loader(cfg, data.train, topo), plan, topo, rate, dropout, asked, scaler)
     if first >= cfg.train.steps:
         view.say(f"already at step {first}; raise train.steps={cfg.train.steps} to go on")
     view.start(first, cfg.train.steps)

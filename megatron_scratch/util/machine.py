@@ -5,7 +5,9 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import shutil
 import signal
+import subprocess
 import sys
 from functools import cache
 from pathlib import Path
@@ -21,6 +23,15 @@ def cpu_vendor() -> str:
     except OSError:
         pass
     return platform.processor()
+
+
+@cache
+def local_gpus() -> int:
+    """GPUs of this machine, asked of nvidia-smi: importing torch to count them would take seconds."""
+    if shutil.which("nvidia-smi") is None:
+        return 0
+    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
+    return sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
 
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h

@@ -130,3 +130,29 @@ def test_the_ends_of_a_pipeline_swap() -> None:
         return float(swap(torch.tensor([float(topo.rank)]), topo, "pp", 1 - topo.index("pp")))
 
     assert run_ranks(2, swapped, degrees={"pp": 2}) == [1.0, 0.0]
+
+
+def _weight_copies(rank: Rank, cfg: object) -> int:
+    """Different bf16 tensors of the size of one weight that backward keeps, over all microbatches in flight."""
+    topo = build.topology(cfg, rank, torch.device("cpu"))
+    _, engine = build.build_engine(cfg, topo)
+    step = TrainStep(build.build_passes(cfg, engine, topo), build.loader(cfg, MadeUpSamples(60, 16, 0), topo), BatchPlan(cfg.train),
+                     topo, lambda _: 1e-3, None, lambda: False)  # fmt: skip
+    kept: set[int] = set()
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.dtype == torch.bfloat16 and tuple(tensor.shape) in ((32, 64), (64, 32)):  # qkv, gate, up, down
+            kept.add(tensor.untyped_storage().data_ptr())
+            alive.append(tensor)
+        return tensor
+
+    alive: list[torch.Tensor] = []  # so that no address comes twice
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        step(0)
+    return len(kept)
+
+
+def test_microbatches_in_flight_share_the_weights_that_they_compute_with() -> None:
+    cfg = _config("parallel.pp=2", "parallel.schedule=gpipe", "precision=bf16", "train.global_batch_size=8",
+                  "parallel.stages=[2,2]")  # fmt: skip
+    assert forked.run_ranks(2, _weight_copies, cfg) == [8, 8], "four of each of two layers, not of each of 8 microbatches"

@@ -160,7 +160,7 @@ def test_dropout_scales_what_it_keeps(name: str, dtype: torch.dtype) -> None:
 
 def checked(*words: str, gpus: int = 0, versions: tuple[str, ...] = ()) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention, "gpus", lambda: gpus)
+        patch.setattr(attention, "local_gpus", lambda: gpus)
         patch.setattr(attention, "flash_versions", lambda: versions)
         check(compose.load(["model=llama_tiny", "model.head_dim=16", "model.vocab_size=64", *words]), 1)
 

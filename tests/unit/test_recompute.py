@@ -145,7 +145,6 @@ REFUSED = [
     ([OPS, SAVE, "engine=zero3"], "gathers are operators too"),
     ([OPS, SAVE, "model.dropout=0.1", "train.compile=true"], "out of sight"),
     ([OFFLOAD, "train.compile=true"], "very layout it had"),
-    ([OPS, SAVE, "parallel.pp=2", "parallel.schedule=zbv_zero_bubble"], "add in place"),
     (["parallel.recompute=budget"], "above 0 and below 1"),
     (["parallel.recompute=budget", "parallel.recompute_budget=1.5"], "above 0 and below 1"),
 ]
