@@ -22,16 +22,18 @@ import torch._dynamo  # noqa: F401  (any optimizer imports it: here once, instea
 
 from megatron_scratch import registry
 from megatron_scratch.config import Config, check, compose
+from megatron_scratch.config.pipeline import owned_stages, schedule_of, virtual_stages
 from megatron_scratch.data.dataset import Sample
+from megatron_scratch.models.decoder import Decoder
 from megatron_scratch.models.objective import chunk_tokens
 from megatron_scratch.optim.groups import param_groups
 from megatron_scratch.parallel import Topology, traffic
 from megatron_scratch.parallel.layout import local
+from megatron_scratch.parallel.tensor import token_part
 from megatron_scratch.parallel.traffic import Step, Tally, Traffic
 from megatron_scratch.train import build
 from megatron_scratch.train.batches import BatchPlan
 from megatron_scratch.train.forked import run_ranks
-from megatron_scratch.train.passes import WholeModel
 from megatron_scratch.train.step import TrainStep
 from megatron_scratch.util.env import Rank
 
@@ -42,6 +44,7 @@ MICROBATCHES = (1, 4)
 PLAIN = "parallel.sequence_parallel=false"
 KEPT = "engine.reshard_after_forward=false"
 COPIES = "engine=hsdp engine.replicas=2"
+PIPELINE = "model.num_layers=4 parallel.pp=2 parallel.schedule"
 LAYOUTS = [(2, "engine=ddp"), (4, "engine=ddp"), (2, "engine=fsdp"), (3, "engine=fsdp"), (4, f"engine=fsdp {KEPT}"), (2, COPIES),
            (4, COPIES), (4, f"{COPIES} {KEPT}"),
            (2, f"parallel.tp=2 {PLAIN}"), (2, f"parallel.tp=2 {PLAIN} parallel.overlap=true"), (2, "parallel.tp=2"),
@@ -49,6 +52,9 @@ LAYOUTS = [(2, "engine=ddp"), (4, "engine=ddp"), (2, "engine=fsdp"), (3, "engine
            *((4, f"{engine} parallel.tp=2 {more}") for engine in ("engine=ddp", "engine=fsdp")
              for more in (PLAIN, "parallel.overlap=true", "precision=bf16")),
            (4, f"engine=fsdp parallel.tp=2 {KEPT} {PLAIN} precision=bf16"),
+           (2, f"{PIPELINE}=gpipe"), (2, f"{PIPELINE}=gpipe model.tie_embeddings=true"), (2, f"{PIPELINE}=zbv_zero_bubble"),
+           (4, f"{PIPELINE}=zbv_zero_bubble parallel.tp=2 precision=bf16"), (4, f"{PIPELINE}=gpipe engine=ddp"),
+           (4, f"{PIPELINE}=gpipe engine=fsdp model.tie_embeddings=true precision=bf16"),
            (2, "engine=zero1"), (3, "engine=zero2"), (3, "engine=zero3 engine.persist=100"), (2, "engine=zero1 precision=bf16"),
            *((4, f"engine=zero{stage} parallel.tp=2 {PLAIN} precision=bf16") for stage in (2, 3))]  # fmt: skip
 
@@ -63,7 +69,7 @@ class Tokens:
 def config(world: int, words: str) -> Config:
     """`words`: overrides of the tiny model, between spaces."""
     cfg = compose.load([*TINY, *words.split()])
-    cfg.train.global_batch_size = cfg.train.micro_batch_size * world // cfg.parallel.tp
+    cfg.train.global_batch_size = cfg.train.micro_batch_size * world // (cfg.parallel.tp * cfg.parallel.pp)
     check(cfg, world)
     return cfg
 
@@ -72,16 +78,18 @@ def measure(rank: Rank, cfg: Config, counts: tuple[int, ...] = MICROBATCHES) -> 
     """(counted, by the formulas) for a step of each number of microbatches; ranks on each axis."""
     topo = build.topology(cfg, rank, torch.device("cpu"))
     _, engine = build.build_engine(cfg, topo)
+    passes = build.build_passes(cfg, engine, topo)
 
     def steps(m: int) -> TrainStep:
         train = replace(cfg.train, global_batch_size=m * cfg.train.global_batch_size)
-        loader = build.loader(cfg, Tokens(), topo)
-        return TrainStep(WholeModel(engine, topo), loader, BatchPlan(train), topo, lambda _: 1e-3, None, lambda: False)
+        return TrainStep(passes, build.loader(cfg, Tokens(), topo), BatchPlan(train), topo, lambda _: 1e-3, None, lambda: False)
 
     for first in range(2):  # DDP makes its buckets in the first, and tells of them in the second
         steps(1)(first)
     found = []
     for m in counts:
+        if cfg.parallel.pp > 1:
+            steps(m)(0)  # a schedule of its own, whose stages greet each other
         with Traffic(topo) as seen:
             steps(m)(0)
         found.append((seen.tally, expected(cfg, topo, m)))
@@ -93,28 +101,43 @@ def expected(cfg: Config, topo: Topology, microbatches: int) -> Tally:
     p, engine, tokens = cfg.parallel, cfg.engine.name, cfg.train.micro_batch_size * cfg.train.seq_len
     compute = registry.build("precision", cfg.precision).itemsize
     master, plain = max(4, compute), engine == "ddp" or engine in ("fsdp", "hsdp") and topo.size("dp") == 1
-    step = Step(cfg.model.num_layers, cfg.model.hidden_size, tokens, microbatches, compute, master, master if plain else compute)
-    core = build.build_model(cfg, topo).decoder
-    shapes = {name: tuple(local(parameter).shape) for name, parameter in core.named_parameters()}  # before the engine cuts them
-    partial = [s for n, s in shapes.items() if s == core.get_parameter(n).shape and (topo.sequence_parallel or of_heads(n))]
+    numbers = owned_stages(schedule_of(p), p.pp, virtual_stages(p), topo.index("pp"))
+    cores = [build.build_model(cfg, topo, build.stage_layers(cfg)[number]).decoder for number in numbers]
+    layers = sum(len(core.layers) for core in cores)
+    step = Step(layers, cfg.model.hidden_size, tokens, microbatches, compute, master, master if plain else compute)
+    stages = [{name: tuple(local(x).shape) for name, x in core.named_parameters()} for core in cores]  # before an engine cuts them
+    partial = [s for core, shapes in zip(cores, stages, strict=True) for n, s in shapes.items()
+               if s == core.get_parameter(n).shape and (topo.sequence_parallel or of_heads(n))]  # fmt: skip
     shard, index = 1, 0
     if engine == "ddp":
-        messages = traffic.ddp(step, list(shapes.values()))
+        messages = [message for shapes in stages for message in traffic.ddp(step, list(shapes.values()))]
     elif engine in ("fsdp", "hsdp"):
-        layers = [[s for n, s in shapes.items() if n.startswith(f"layers.{i}.")] for i in range(step.layers)]
-        outer = [s for n, s in shapes.items() if not n.startswith("layers.")]
         shard, index = topo.size("shard"), topo.index("shard" if topo.size("replicate") > 1 else "dp")
-        messages = traffic.fsdp(step, layers, outer, shard, cfg.engine.reshard_after_forward is not False)
+        kept = step if p.pp == 1 else replace(step, microbatches=1)
+        again = p.pp == 1 and cfg.engine.reshard_after_forward is not False
+        messages = [message for core, shapes in zip(cores, stages, strict=True)
+                    for message in sharded(kept, core, shapes, shard, again)]  # fmt: skip
     else:
         from megatron_scratch.engine.zero import STAGES
 
         assert not partial, "not in these formulas: DeepSpeed decides which rank has whose gradients"
-        groups = [[tuple(local(x).shape) for x in g["params"]] for g in param_groups(core.named_parameters(), cfg.optim)]
+        groups = [[tuple(local(x).shape) for x in g["params"]] for g in param_groups(cores[0].named_parameters(), cfg.optim)]
         shard = topo.size("dp")
         messages = traffic.zero(step, STAGES[engine], groups, shard, getattr(cfg.engine, "persist", 0))
     chunks = -(-tokens // chunk_tokens(cfg.model.padded_vocab // p.tp))
-    messages += traffic.tensor_parallel(step, p.tp, topo.sequence_parallel, p.overlap, chunks, traffic.own(partial, shard, index))
-    return traffic.tally([*messages, *traffic.once(step, cut=p.tp > 1 or shard > 1)], topo)
+    ends, part = (cores[0].first, cores[-1].last), token_part(tokens, topo)
+    own = traffic.own(partial, shard, index)
+    messages += traffic.tensor_parallel(step, p.tp, topo.sequence_parallel, p.overlap, chunks, own, ends)
+    at_one_end = cfg.model.tie_embeddings and ends[0] != ends[1]
+    tied = traffic.own([stages[0]["embed.weight"]], shard, index) if at_one_end else 0
+    messages += traffic.pipeline(step, part.stop - part.start, numbers, p.pp * virtual_stages(p), tied)
+    return traffic.tally([*messages, *traffic.once(step, cut=p.tp > 1 or shard > 1 or p.pp > 1)], topo)
+
+
+def sharded(step: Step, core: Decoder, shapes: dict[str, traffic.Shape], shard: int, reshard: bool) -> list[traffic.Message]:
+    """FSDP's messages of a stage, or of all of the model."""
+    layers = [[s for n, s in shapes.items() if n.startswith(f"layers.{number}.")] for number in core.layers]
+    return traffic.fsdp(step, layers, [s for n, s in shapes.items() if not n.startswith("layers.")], shard, reshard)
 
 
 def of_heads(name: str) -> bool:

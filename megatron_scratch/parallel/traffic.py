@@ -17,6 +17,10 @@ gradient, g of a weight as the engine gives it to the model (w under ddp, else c
               reduce-scatter w P, once; replicate: all-reduce w P / shard, once
     zero1, 2  dp: all-reduce w P, once (1) or for each microbatch (2); all-gather g P, once
     zero3     dp: all-gather g P for each microbatch, but small parameters once; reduce-scatter w P for each microbatch
+    pp        send and receive, each m c N D (tp: of this rank's tokens) for each edge between a stage of this rank and one of
+              another: activations one way, gradients the other. Embedding, head and loss are the first and the last stage's. Of
+              tied weights, w V D each way, once, between two ends on two ranks. ddp sums each stage by itself; fsdp gathers once
+              a step, not for each microbatch. The first step of a schedule also sends a number from stage to stage and back
     always    world: all-reduce of two int64, and of the gradient norm where gradients are cut
 """
 
@@ -91,6 +95,8 @@ def labels(topo: Topology) -> dict[str, tuple[str, tuple[int, ...]]]:
 
 def ring_bytes(operation: str, size: int, n: int) -> float:
     """Bytes that a rank sends for a collective of `size` bytes over a ring of `n` ranks; for a broadcast the mean over ranks."""
+    if operation in ("send", "recv"):
+        return size if operation == "send" else 0
     return (2 if operation == "all_reduce" else 1) * size * (n - 1) / n
 
 
@@ -125,22 +131,41 @@ class Step:
     given: int  # of a weight as the engine gives it to the model
 
 
-def tensor_parallel(step: Step, tp: int, sequence_parallel: bool, overlap: bool, chunks: int, partial: int) -> list[Message]:
+def tensor_parallel(
+    step: Step, tp: int, sequence_parallel: bool, overlap: bool, chunks: int, partial: int, ends: tuple[bool, bool] = (True, True)
+) -> list[Message]:
     """Messages over tp.
 
     Args:
         chunks: of the loss, in a microbatch.
         partial: numbers of this rank whose gradients are parts of a sum over tp.
+        ends: whether this rank has the embedding, and the head with the loss.
     """
     m, regions, stream = step.microbatches, 2 * step.layers, step.tokens * step.hidden
-    size = m * stream * ((2 * regions + 1) * step.compute + step.given)  # entrances (the head's too), exits, the embedding
-    found = [("tp", "all_gather", m * chunks, m * tp * 2 * step.tokens * step.master),
+    embed, head = map(int, ends)
+    calls = m * (2 * regions + embed + head)  # entrances (the head's too), exits, the embedding
+    size = m * stream * ((2 * regions + head) * step.compute + embed * step.given)
+    found = [("tp", "all_gather", head * m * chunks, head * m * tp * 2 * step.tokens * step.master),
              ("tp", "all_reduce", int(partial > 0), partial * step.master)]  # fmt: skip
     if not sequence_parallel:
-        return [*found, ("tp", "all_reduce", m * (2 * regions + 2), size)]
+        return [*found, ("tp", "all_reduce", calls, size)]
     again = regions if overlap else 0
-    return [*found, ("tp", "all_gather", m * (2 * regions + 2 + again), size + m * again * stream * step.compute),
-            ("tp", "reduce_scatter", m * (2 * regions + 2), size)]  # fmt: skip
+    return [*found, ("tp", "all_gather", calls + m * again, size + m * again * stream * step.compute),
+            ("tp", "reduce_scatter", calls, size)]  # fmt: skip
+
+
+def pipeline(step: Step, tokens: int, stages: Sequence[int], count: int, tied: int) -> list[Message]:
+    """Messages over pp.
+
+    Args:
+        tokens: of a microbatch, on this rank between its tensor-parallel regions.
+        stages: this rank's, of `count`.
+        tied: numbers of a parameter that it shares with the rank at the other end, or 0.
+    """
+    edges = sum(0 <= other < count and other not in stages for stage in stages for other in (stage - 1, stage + 1))
+    calls = step.microbatches * edges
+    size = calls * tokens * step.hidden * step.compute + tied * step.master
+    return [("pp", way, calls + int(tied > 0), size) for way in ("send", "recv")]
 
 
 def ddp(step: Step, parameters: Sequence[Shape], buckets: int = 1) -> list[Message]:
@@ -157,7 +182,7 @@ def fsdp(step: Step, layers: Sequence[Sequence[Shape]], outer: Sequence[Shape], 
     """
     m, within, outside = step.microbatches, sum(padded(u, shard) for u in layers), padded(outer, shard)
     again = layers[:-1] if reshard else ()
-    gathered, units = within + outside + sum(padded(u, shard) for u in again), len(layers) + 1
+    gathered, units = within + outside + sum(padded(u, shard) for u in again), len(layers) + bool(outer)
     found = [("replicate", "all_reduce", units, (within + outside) // shard * step.master)]
     if shard > 1:
         found += [("shard", "all_gather", m * (units + len(again)), m * gathered * step.given),

@@ -58,7 +58,10 @@ def test_train_resume_and_generate(processes: int, corpus: Path, tmp_path: Path,
 
 LAYOUTS = ["parallel.tp=2", "parallel.tp=2 parallel.overlap=true", "engine=fsdp", "engine=fsdp engine.reshard_after_forward=false",
            "engine=hsdp engine.replicas=2", "engine=zero1", "engine=zero2 engine.offload_optimizer=true",
-           "engine=zero3 engine.offload_param=true engine.offload_optimizer=true"]  # fmt: skip
+           "engine=zero3 engine.offload_param=true engine.offload_optimizer=true",
+           *(f"parallel.pp=2 parallel.schedule={name}" for name in ("1f1b", "zbv_zero_bubble", "interleaved_zero_bubble")),
+           "engine=fsdp parallel.recompute=full",
+           "parallel.tp=2 parallel.recompute=full parallel.offload_activations=true"]  # fmt: skip
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -70,6 +73,7 @@ def test_two_gpus_compute_what_one_computes(layout: str, corpus: Path, tmp_path:
     found = []
     for name, words in (("one", []), ("two", layout.split())):
         assert main(["train", *TINY, f"data.dir={corpus}", f"dir={tmp_path / name}", "optim=sgd", "optim.lr=0.1", "train.steps=4",
+                     "model.num_layers=4", "train.micro_batch_size=1",
                      f"launcher.processes={1 if name == 'one' else 2}", *words]) == 0  # fmt: skip
         rows = (json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines())
         found.append([(row["loss"], row["grad_norm"]) for row in rows if "loss" in row])

@@ -36,7 +36,7 @@ class Cell:
 
     def config(self, *more: str) -> Config:
         dp = 4 if self.engine == "hsdp" else 2
-        microbatches = 2 * self.pp * (2 if self.schedule == "dualpipev" else 1)
+        microbatches = 2 * self.pp + 2 * (self.schedule == "dualpipev")
         words = [*MODELS[self.deal % len(MODELS)], f"parallel.pp={self.pp}", f"parallel.schedule={self.schedule}",
                  f"parallel.virtual_stages={self.virtual}", f"parallel.tp={self.tp}", f"parallel.recompute={self.recompute}",
                  f"engine={self.engine}", "precision=fp64", "train.micro_batch_size=2",

@@ -25,6 +25,8 @@ ROWS = [
     (TP2, ["model.vocab_size=60", "precision=fp32"]),  # padded to 128: the second rank holds nothing but padding
     (TP2, ["model.position=sinusoidal", "model.mlp=geglu", "model.head_dim=24"]),
     (Cell(1, "fsdp", "llama", 4, False), ["engine.reshard_after_forward=false"]),
+    (Cell(1, "fsdp", "scratch", 4, False), ["engine.reduce_every_microbatch=true"]),
+    (Cell(2, "hsdp", "llama", 4, True), ["engine.reduce_every_microbatch=true", "engine.reshard_after_forward=false"]),
     (Cell(2, "zero2", "llama", 4, True), ["engine.offload_optimizer=true", "model.dropout=0.2"]),
     (Cell(1, "zero3", "gpt2", 4, False), ["engine.offload_optimizer=true", "engine.offload_param=true"]),
     (TP2, ["optim=sgd", "optim.clip_grad_norm=0.01"]),
