@@ -55,6 +55,7 @@ COMPILED = [(FULL, Cell(2, "fsdp", "gpt2", 1, True)), (SELECTIVE, Cell(1, "ddp",
 
 
 # torch.compile (2.13) looks whether what comes out of a message has a gradient, instantiates autograd Functions, and warns of both.
+@pytest.mark.full
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf", "ignore:.*should not be instantiated")
 @pytest.mark.parametrize(("mode", "cell"), COMPILED, ids=[f"{mode}-{cell}" for mode, cell in COMPILED])
 def test_compiled_equals_one_process_that_is_not(mode: str, cell: Cell, references: References) -> None:
