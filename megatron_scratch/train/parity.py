@@ -13,14 +13,13 @@ from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import Any
 
-import numpy as np
 import torch
 
 from megatron_scratch.config import Config, check
 from megatron_scratch.config.engine import DDPConfig
 from megatron_scratch.config.optim import SGDConfig
 from megatron_scratch.config.train import ParallelConfig
-from megatron_scratch.data.dataset import Sample
+from megatron_scratch.data.made_up import MadeUpSamples
 from megatron_scratch.parallel import SINGLE, Topology
 from megatron_scratch.parallel.collectives import all_reduce_world, gather_json
 from megatron_scratch.parallel.layout import full
@@ -74,22 +73,6 @@ TOLERANCES = {
     ),
     "fp16": Tolerance(2.0, "as bf16's: the distance from fp32, at most twice that of one process in fp16; both round at 2^-12"),
 }
-
-
-class MadeUpSamples:
-    """Sample k is a pure function of (seed, k): random ids, document starts, and every third sample mostly padding, so that ranks
-    and microbatches have different numbers of predicted tokens."""
-
-    def __init__(self, vocab_size: int, seq_len: int, seed: int) -> None:
-        self.vocab_size, self.length, self.seed = vocab_size, seq_len + 1, seed
-
-    def __getitem__(self, k: int) -> Sample:
-        rng = np.random.default_rng((self.seed, k))
-        tokens = rng.integers(0, self.vocab_size, self.length)
-        return Sample(tokens, rng.random(self.length) < 0.15, self.length if k % 3 else self.length // 3)
-
-    def locate(self, k: int) -> tuple[str, int]:
-        return "made-up samples", k
 
 
 def single(cfg: Config, precision: str | None = None) -> Config:

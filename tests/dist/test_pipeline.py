@@ -7,12 +7,12 @@ import torch
 from ranks import run_ranks
 
 from megatron_scratch.config import compose
+from megatron_scratch.data.made_up import MadeUpSamples
 from megatron_scratch.models.gemm import deferred_linear, linear
 from megatron_scratch.parallel import Topology
 from megatron_scratch.parallel.deferred import WeightGradients
 from megatron_scratch.train import build, forked
 from megatron_scratch.train.batches import BatchPlan
-from megatron_scratch.train.parity import MadeUpSamples
 from megatron_scratch.train.step import TrainStep
 from megatron_scratch.util.env import Rank
 
