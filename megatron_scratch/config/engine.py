@@ -93,6 +93,13 @@ def replicas(e: Any, dp: int, nodes: int) -> int:
     return copies
 
 
+def check_reduction(e: Any, dp: int) -> None:
+    """Refuse a choice of when to reduce where nothing is reduced."""
+    if getattr(e, "reduce_every_microbatch", False) and dp == 1:
+        raise UserError(f"engine.reduce_every_microbatch=true has no effect with engine={e.name} on one data-parallel rank; leave "
+                        "it out, or give more processes")  # fmt: skip
+
+
 def check_engine(e: Any, precision: str, optim: Any, tp: int, pp: int, compiled: bool) -> None:
     """Refuse what an engine cannot do."""
     if isinstance(e, ZeroConfig) and pp > 1:

@@ -8,7 +8,7 @@ from typing import Any
 from megatron_scratch import registry
 from megatron_scratch.config.attention import check_attention
 from megatron_scratch.config.data import CorpusConfig, DataConfig, check_corpus, check_data
-from megatron_scratch.config.engine import EngineConfig, check_engine, replicas
+from megatron_scratch.config.engine import EngineConfig, check_engine, check_reduction, replicas
 from megatron_scratch.config.model import ModelConfig, check_model
 from megatron_scratch.config.optim import OptimConfig, ScheduleConfig, check_optim, check_schedule
 from megatron_scratch.config.pipeline import check_pipeline
@@ -77,6 +77,7 @@ def check(cfg: Config, world: int, nodes: int = 1) -> None:
     check_pipeline(cfg.parallel, cfg.model.num_layers, microbatches(cfg.train, dp), cfg.train.compile)
     check_precision(cfg.precision, cfg.engine.name, dp, cfg.parallel, cfg.model, cfg.train.micro_batch_size * cfg.train.seq_len)
     check_recompute(cfg.parallel, cfg.model, cfg.engine.name, cfg.train.compile)
+    check_reduction(cfg.engine, dp)
     replicas(cfg.engine, dp, nodes)
     check_tensor(cfg.model, cfg.train, cfg.parallel)
     if cfg.train.seq_len > cfg.model.max_seq_len:

@@ -50,6 +50,8 @@ EMBED_FLOPS = 18 * 300  # per feature: 18 bytes of rows and their gradients in f
 
 def layers_of_stages(cfg: ModelConfig, seq_len: int, stages: int) -> tuple[int, ...]:
     """Layers of each pipeline stage, balanced by what a token costs there: the head of a large vocabulary weighs several layers."""
+    if stages == 1:
+        return (cfg.num_layers,)
     layer = flops_per_token(replace(cfg, num_layers=1), seq_len, causal=True)
     head = 6.0 * (cfg.vocab_size or 0) * cfg.hidden_size
     return balance(cfg.num_layers, stages, layer - head, EMBED_FLOPS * cfg.hidden_size, head)

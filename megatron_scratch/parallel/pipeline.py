@@ -137,7 +137,7 @@ class Pipeline:
         try:
             self.schedules[microbatches].step(target=labels, losses=losses, return_outputs=False, **batch)
         except RuntimeError as error:
-            raise_users_own(error)
+            _raise_users_own(error)
         return torch.stack([loss.detach() for loss in losses]).sum() if losses else torch.zeros((), device=self.topo.device)
 
     def _schedule(self, microbatches: int) -> Any:
@@ -173,7 +173,7 @@ class Pipeline:
         return owner(self.plan.schedule, self.topo.size("pp"), self.plan.virtual, stage)
 
 
-def raise_users_own(error: BaseException) -> NoReturn:
+def _raise_users_own(error: BaseException) -> NoReturn:
     """torch wraps what a stage raises; an error that is the user's to mend comes out as it was."""
     inner: BaseException | None = error
     while inner is not None:

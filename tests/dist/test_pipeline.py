@@ -73,7 +73,7 @@ def test_a_rank_builds_only_its_own_layers_under_their_global_names(tied: bool) 
     assert found[1] == ["layers.1.attention.out.weight", "layers.2.attention.out.weight"]
 
 
-def _trained(rank: Rank, cfg: object, watch: bool) -> tuple[int, int, int]:
+def _trained(rank: Rank, cfg: object) -> tuple[int, int, int]:
     """(gradient bytes held between microbatches, at most; buffers left after the step; schedules made)."""
     topo = build.topology(cfg, rank, torch.device("cpu"))
     _, engine = build.build_engine(cfg, topo)
@@ -115,7 +115,7 @@ def test_gradients_are_held_whole_until_the_last_microbatch_or_in_parts(schedule
     for every in (False, True):
         cfg = _config("parallel.pp=2", f"parallel.schedule={schedule}", "engine=fsdp", "precision=bf16", "train.global_batch_size=8",
                       f"engine.reduce_every_microbatch={every}", world=4)  # fmt: skip
-        found = forked.run_ranks(4, _trained, cfg, True)
+        found = forked.run_ranks(4, _trained, cfg)
         sizes[every] = [held for held, _, _ in found]
         assert all(left == 0 for _, left, _ in found), "no buffer of a message outlives its microbatch"
         assert all(made == 1 for _, _, made in found)

@@ -31,6 +31,7 @@ REFUSED = [
     (4, ["engine=hsdp", "train.micro_batch_size=4"], ["engine=hsdp", "one copy per node = 1", "engine.replicas=N", "engine=fsdp"]),
     (4, ["engine=hsdp", "engine.replicas=3", "train.micro_batch_size=4"], ["engine.replicas=3", "size 4", "[2, 4]"]),
     (1, ["engine=fsdp", "engine.bucket_mb=10"], ["engine.bucket_mb"]),
+    (1, ["engine=fsdp", "engine.reduce_every_microbatch=true"], ["reduce_every_microbatch=true has no effect", "on one data"]),
     (1, ["engine=ddp", "engine.bucket_mb=0"], ["engine.bucket_mb=0", "at least 1"]),
     (1, ["engine=zero1", "engine.offload_param=true"], ["engine.offload_param"]),
     (1, ["engine=zero3", "engine.persist=-1"], ["engine.persist=-1", "negative"]),
