@@ -1,26 +1,19 @@
 """torch.distributed.checkpoint on files that hold no code: tensors in safetensors, everything else in one JSON manifest.
 
 DCP's planners decide who writes which part and which parts a new layout has to read. Its own file format is a pickled
-`.metadata`, which runs code when read; these two classes replace it. Every file is hashed in memory before it is written,
-and hashed again from the very bytes that are loaded.
-
-    step_00000100/
-        manifest.json             format, step, tensors -> chunks -> file, files -> bytes + sha256, trainer state
-        rank_00000_000.safetensors   chunks that rank 0 wrote, at most FILE_BYTES each
+`.metadata`, which runs code when read; these two classes replace it. Every file is hashed in memory while it is written, and
+hashed again from the very bytes that are loaded.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-import os
+import math
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load as load_safetensors
-from safetensors.torch import save as dump_safetensors
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -29,19 +22,16 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,  # fmt: skip
 )
-from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan, SavePlanner
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan, SavePlanner, WriteItem
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
-from megatron_scratch.util.files import fsync_dir, write_json
+from megatron_scratch.checkpoint import manifest as manifests
+from megatron_scratch.checkpoint.manifest import Chunk, CorruptCheckpoint, File, Manifest, Saved, check_file
+from megatron_scratch.checkpoint.shard import Part, write_shard
+from megatron_scratch.util.files import fsync_dir
 
-FORMAT = "megatron_scratch.checkpoint/1"
-MANIFEST = "manifest.json"
-FILE_BYTES = 2 << 30  # a file is built in memory before it is written: bounds what a save adds to a rank's memory
-
-
-class CorruptCheckpoint(Exception):
-    """A file of a checkpoint is missing, has another size, or other bytes than the manifest says."""
+FILE_BYTES = 512 << 20  # a reader has to hash a whole file to use a part of it
 
 
 def _chunk_key(index: MetadataIndex) -> str:
@@ -55,11 +45,16 @@ def _done(value: Any) -> Future[Any]:
     return future
 
 
+def raw(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a tensor, on the host."""
+    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
 class Writer(StorageWriter):
     """Writes this rank's chunks; the coordinator's `finish` writes the manifest. Renaming the folder is the caller's."""
 
-    def __init__(self, folder: Path, rank: int, extra: dict[str, Any]) -> None:
-        self.folder, self.rank, self.extra = folder, rank, extra
+    def __init__(self, folder: Path, rank: int, step: int, extra: dict[str, Any]) -> None:
+        self.folder, self.rank, self.step, self.extra = folder, rank, step, extra
 
     def reset(self, checkpoint_id: Any = None) -> None: ...
 
@@ -72,43 +67,48 @@ class Writer(StorageWriter):
         return plans
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        results, pending, size, count = [], {}, 0, 0
-        for item in plan.items:
-            data = planner.resolve_data(item)
-            assert isinstance(data, torch.Tensor), f"{item.index.fqn}: only tensors are saved here, the rest is JSON"
-            if pending and size + data.nbytes > FILE_BYTES:
-                results += self._write_file(count, pending)
-                pending, size, count = {}, 0, count + 1
-            pending[item.index] = data.detach().cpu().contiguous()
-            size += data.nbytes
-        if pending:
-            results += self._write_file(count, pending)
+        results: list[WriteResult] = []
+        pending: list[WriteItem] = []
+        parts: list[Part] = []
+        number = 0
+        for item in sorted(plan.items, key=lambda item: _chunk_key(item.index)):  # the same state gives the same files
+            part = self._part(item, planner)
+            if parts and sum(p.size for p in parts) + part.size > FILE_BYTES:
+                results += self._write_file(number, pending, parts)
+                pending, parts, number = [], [], number + 1
+            pending.append(item)
+            parts.append(part)
+        if parts:
+            results += self._write_file(number, pending, parts)
         return _done(results)
 
-    def _write_file(self, count: int, chunks: dict[MetadataIndex, torch.Tensor]) -> list[WriteResult]:
-        name = f"rank_{self.rank:05d}_{count:03d}.safetensors"
-        content = dump_safetensors({_chunk_key(index): chunk for index, chunk in chunks.items()})
-        entry = {"file": name, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-        with open(self.folder / name, "xb") as f:
-            f.write(content)
-            f.flush()
-            os.fsync(f.fileno())
-        return [WriteResult(index, chunk.nbytes, {**entry, "shape": list(chunk.shape)}) for index, chunk in chunks.items()]
+    def _part(self, item: WriteItem, planner: SavePlanner) -> Part:
+        assert item.tensor_data is not None, f"{item.index.fqn}: only tensors are saved here, the rest is JSON"
+        dtype = str(item.tensor_data.properties.dtype).removeprefix("torch.")
+        shape = tuple(item.tensor_data.chunk.sizes)
+        return Part(_chunk_key(item.index), dtype, shape, math.prod(shape) * manifests.itemsize(dtype),
+                    lambda: raw(planner.resolve_data(item)))  # fmt: skip
+
+    def _write_file(self, number: int, items: list[WriteItem], parts: list[Part]) -> list[WriteResult]:
+        name = f"rank_{self.rank:05d}_{number:03d}.safetensors"
+        file, begins = write_shard(self.folder / name, parts)
+        return [
+            WriteResult(item.index, part.size, (file, Chunk(tuple(item.index.offset or ()), part.shape, name, at)))
+            for item, part, at in zip(items, parts, begins, strict=True)
+        ]
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        tensors: dict[str, Any] = {}
+        chunks: dict[str, list[Chunk]] = defaultdict(list)
+        files: dict[str, File] = {}
+        for result in (r for rank in results for r in rank):
+            file, chunk = result.storage_data
+            chunks[result.index.fqn].append(chunk)
+            files[chunk.file] = file
+        tensors = {}
         for name, entry in metadata.state_dict_metadata.items():
             assert isinstance(entry, TensorStorageMetadata), name
-            dtype = str(entry.properties.dtype).removeprefix("torch.")
-            tensors[name] = {"dtype": dtype, "shape": list(entry.size), "chunks": []}
-        files = {}
-        for result in (r for rank in results for r in rank):
-            data = result.storage_data
-            chunk = {"offset": list(result.index.offset or ()), "shape": data["shape"], "file": data["file"]}
-            tensors[result.index.fqn]["chunks"].append(chunk)
-            files[data["file"]] = {"bytes": data["bytes"], "sha256": data["sha256"]}
-        manifest = {"format": FORMAT, **self.extra, "files": dict(sorted(files.items())), "tensors": dict(sorted(tensors.items()))}
-        write_json(self.folder / MANIFEST, manifest)
+            tensors[name] = Saved(str(entry.properties.dtype).removeprefix("torch."), tuple(entry.size), tuple(chunks[name]))
+        manifests.write(self.folder, Manifest(self.step, self.extra, files, tensors))
         fsync_dir(self.folder)
 
     @classmethod
@@ -119,25 +119,24 @@ class Writer(StorageWriter):
 class Reader(StorageReader):
     """Reads chunks by global offset for whatever layout asks; each file is verified from the bytes that are used."""
 
-    def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
         self.folder, self.manifest = folder, manifest
 
     def reset(self, checkpoint_id: Any = None) -> None: ...
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         tensors, where = {}, {}
-        for name, entry in self.manifest["tensors"].items():
-            chunks = []
-            for chunk in entry["chunks"]:
-                offset = torch.Size(chunk["offset"])
-                chunks.append(ChunkStorageMetadata(offset, torch.Size(chunk["shape"])))
-                where[MetadataIndex(name, offset)] = chunk["file"]
-            properties = TensorProperties(dtype=getattr(torch, entry["dtype"]))
-            tensors[name] = TensorStorageMetadata(properties, torch.Size(entry["shape"]), chunks)
+        for name, saved in self.manifest.tensors.items():
+            boxes = []
+            for chunk in saved.chunks:
+                offset = torch.Size(chunk.offset)
+                boxes.append(ChunkStorageMetadata(offset, torch.Size(chunk.shape)))
+                where[MetadataIndex(name, offset)] = chunk
+            tensors[name] = TensorStorageMetadata(TensorProperties(getattr(torch, saved.dtype)), torch.Size(saved.shape), boxes)
         return Metadata(tensors, storage_data=where, storage_meta=StorageMeta())
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        self.where = metadata.storage_data
+        self.where: dict[MetadataIndex, Chunk] = metadata.storage_data
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
         return plan
@@ -148,11 +147,13 @@ class Reader(StorageReader):
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         by_file = defaultdict(list)
         for item in plan.items:
-            by_file[self.where[item.storage_index]].append(item)
+            by_file[self.where[item.storage_index].file].append(item)
         for name, items in by_file.items():
-            chunks = load_safetensors(read_verified(self.folder, name, self.manifest["files"]))
+            content = read_verified(self.folder / name, self.manifest.files[name])
             for item in items:
-                part = chunks[_chunk_key(item.storage_index)]
+                chunk, saved = self.where[item.storage_index], self.manifest.tensors[item.storage_index.fqn]
+                part = torch.frombuffer(content, dtype=getattr(torch, saved.dtype), count=math.prod(chunk.shape), offset=chunk.at)
+                part = part.view(chunk.shape)
                 for dim, (start, length) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
                     part = part.narrow(dim, start, length)
                 target = planner.resolve_tensor(item).detach()
@@ -165,33 +166,20 @@ class Reader(StorageReader):
         return True
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a committed checkpoint.
-
-    Raises:
-        CorruptCheckpoint: absent, unreadable, of another format, or naming files outside its folder.
-    """
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CorruptCheckpoint(f"{folder / MANIFEST}: {error}") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise CorruptCheckpoint(f"{folder / MANIFEST}: not of format {FORMAT}")
-    for name in manifest["files"]:
-        if Path(name).name != name:
-            raise CorruptCheckpoint(f"{folder / MANIFEST}: names a file outside its folder: {name!r}")
-    return manifest
-
-
-def read_verified(folder: Path, name: str, files: dict[str, Any]) -> bytes:
+def read_verified(path: Path, want: File) -> bytearray:
     """A file's bytes, if they are the bytes that were written."""
+    content = bytearray(want.bytes)
     try:
-        content = (folder / name).read_bytes()
+        with open(path, "rb", buffering=0) as f:
+            size = _fill(f, memoryview(content)) + len(f.read(1))
     except OSError as error:
-        raise CorruptCheckpoint(f"{folder / name}: {error.strerror}") from error
-    want = files[name]
-    if len(content) != want["bytes"]:
-        raise CorruptCheckpoint(f"{folder / name}: {len(content)} bytes, the manifest says {want['bytes']}")
-    if hashlib.sha256(content).hexdigest() != want["sha256"]:
-        raise CorruptCheckpoint(f"{folder / name}: its sha256 is not the manifest's: the file has changed since it was written")
+        raise CorruptCheckpoint(f"{path}: {error.strerror}") from error
+    check_file(path, want, size, hashlib.sha256(content).hexdigest())
     return content
+
+
+def _fill(f: Any, view: memoryview) -> int:
+    done = 0
+    while done < len(view) and (got := f.readinto(view[done:])):
+        done += got
+    return done

@@ -7,7 +7,6 @@ checkpoints as they were and at most a `.tmp` folder, which the next save remove
 
 from __future__ import annotations
 
-import re
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -19,7 +18,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_scratch.checkpoint.storage import CorruptCheckpoint, Reader, Writer, read_manifest, read_verified
+from megatron_scratch.checkpoint.manifest import CorruptCheckpoint, Manifest, committed, step_folder, verify
+from megatron_scratch.checkpoint.storage import Reader, Writer
 from megatron_scratch.config.train import CheckpointConfig
 from megatron_scratch.parallel.collectives import barrier, gather_json
 from megatron_scratch.parallel.topology import Topology
@@ -29,16 +29,6 @@ from megatron_scratch.util.files import fsync_dir
 State = dict[str, torch.Tensor]
 
 
-def step_folder(root: Path, step: int) -> Path:
-    return root / f"step_{step:08d}"
-
-
-def committed(root: Path) -> list[int]:
-    """Steps with a committed checkpoint, oldest first."""
-    found = (re.fullmatch(r"step_(\d{8})", p.name) for p in root.iterdir()) if root.is_dir() else ()
-    return sorted(int(m.group(1)) for m in found if m)
-
-
 def save(root: Path, step: int, state: State, extra: dict[str, Any], topo: Topology) -> Path:
     """Write `state` (every rank its part) and `extra` (JSON, rank 0's) as the checkpoint of `step`; collective."""
     final, tmp = step_folder(root, step), root / f".{step_folder(root, step).name}.tmp"
@@ -46,7 +36,7 @@ def save(root: Path, step: int, state: State, extra: dict[str, Any], topo: Topol
         shutil.rmtree(tmp, ignore_errors=True)
         tmp.mkdir(parents=True)
     barrier(topo)
-    writer = Writer(tmp, topo.rank, {"step": step, **extra})
+    writer = Writer(tmp, topo.rank, step, extra)
     try:
         with _quiet():
             dcp.save(state, storage_writer=writer, no_dist=topo.world == 1)
@@ -74,18 +64,6 @@ def _quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
         yield
-
-
-def verify(folder: Path, part: int = 0, parts: int = 1) -> dict[str, Any]:
-    """Check every `parts`-th file from `part` against the manifest, and return the manifest.
-
-    Raises:
-        CorruptCheckpoint: naming the file.
-    """
-    manifest = read_manifest(folder)
-    for name in sorted(manifest["files"])[part::parts]:
-        read_verified(folder, name, manifest["files"])
-    return manifest
 
 
 def newest_valid(root: Path, topo: Topology) -> tuple[Path | None, dict[Path, str]]:
@@ -121,11 +99,11 @@ def set_aside(folder: Path) -> Path:
     return aside
 
 
-def shapes(manifest: dict[str, Any]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    return {name: (tuple(t["shape"]), getattr(torch, t["dtype"])) for name, t in manifest["tensors"].items()}
+def shapes(manifest: Manifest) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    return {name: (saved.shape, getattr(torch, saved.dtype)) for name, saved in manifest.tensors.items()}
 
 
-def load(folder: Path, manifest: dict[str, Any], state: State, topo: Topology, only: str = "") -> None:
+def load(folder: Path, manifest: Manifest, state: State, topo: Topology, only: str = "") -> None:
     """Fill the tensors of `state` in place, whatever layout wrote them; strict both ways; collective.
 
     Args:

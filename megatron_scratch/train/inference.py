@@ -10,6 +10,7 @@ import torch
 
 from megatron_scratch import registry
 from megatron_scratch.checkpoint import store
+from megatron_scratch.checkpoint.manifest import read
 from megatron_scratch.config import Config, DataConfig, compose
 from megatron_scratch.config.attention import portable
 from megatron_scratch.config.verbs import EvalArgs, GenerateArgs
@@ -56,7 +57,7 @@ def load_run(run: str, precision: str | None = None) -> Trained:
     model = build.build_model(cfg, SINGLE)
     build.materialize(model.decoder, cfg.seed, device)
     state = {f"model.{name}": p.detach() for name, p in model.decoder.named_parameters()}
-    store.load(folder, resume.read_manifest(folder), state, SINGLE, only="model.")
+    store.load(folder, read(folder), state, SINGLE, only="model.")
     return Trained(cfg, model.eval(), folder)
 
 

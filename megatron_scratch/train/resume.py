@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_scratch.checkpoint import store
-from megatron_scratch.checkpoint.storage import read_manifest
+from megatron_scratch.checkpoint.manifest import Manifest, committed, read
 from megatron_scratch.config import Config
 from megatron_scratch.engine import Engine
 from megatron_scratch.parallel import Topology
@@ -31,16 +31,16 @@ def resume(
     folder = find(cfg, run_dir, topo, view)
     if folder is None:
         return 0
-    manifest = read_manifest(folder)
+    manifest = read(folder)
     refuse_other_run(folder, manifest, facts)
     engine.load(store.shapes(manifest), lambda state: store.load(folder, manifest, state, topo))
-    step = int(manifest["step"])
-    plan.rebase(step, int(manifest["samples"]))
-    if scaler is not None and "scaler" in manifest:  # it is not in one of another precision
-        scaler.load(manifest["scaler"])
+    step = manifest.step
+    plan.rebase(step, int(manifest.extra["samples"]))
+    if scaler is not None and "scaler" in manifest.extra:  # it is not in one of another precision
+        scaler.load(manifest.extra["scaler"])
     if topo.is_main:
         run_dir.rewind(step)
-        run_dir.record("resume", step=step, path=str(folder), samples=manifest["samples"])
+        run_dir.record("resume", step=step, path=str(folder), samples=manifest.extra["samples"])
     view.say(f"resuming after step {step} from {folder}")
     return step
 
@@ -49,7 +49,7 @@ def find(cfg: Config, run_dir: RunDir, topo: Topology, view: View) -> Path | Non
     """The checkpoint to load, the same on every rank. The run's own come before the one that it started from."""
     where = cfg.checkpoint.resume
     # Every rank waits for the main one, which makes the folder.
-    own = gather_json(store.committed(run_dir.checkpoints), topo)[0]
+    own = gather_json(committed(run_dir.checkpoints), topo)[0]
     if where == "never" and own:
         raise UserError(f"checkpoint.resume=never, but {run_dir.path} already has checkpoints (step {own[-1]}); "
                         "give another dir=, or resume=auto to go on")  # fmt: skip
@@ -80,15 +80,15 @@ def named(path: Path, topo: Topology) -> Path:
             raise RunFailed(f"the checkpoint is corrupt: {problem}; name another")
         return path
     root = path / "checkpoints"
-    if not store.committed(root):
+    if not committed(root):
         raise UserError(f"{path} is neither a checkpoint (it has no manifest.json) nor a run directory with checkpoints")
     return newest(root, topo)
 
 
-def refuse_other_run(folder: Path, manifest: dict[str, Any], facts: dict[str, Any]) -> None:
+def refuse_other_run(folder: Path, manifest: Manifest, facts: dict[str, Any]) -> None:
     """Compare what a checkpoint remembers with what this run is."""
     for key, mine in facts.items():
-        saved = manifest.get(key)
+        saved = manifest.extra.get(key)
         if saved == mine:
             continue
         if isinstance(mine, dict) and isinstance(saved, dict):

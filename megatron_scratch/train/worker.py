@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_scratch import registry
-from megatron_scratch.checkpoint import store
+from megatron_scratch.checkpoint.manifest import step_folder
 from megatron_scratch.config import Config, compose
 from megatron_scratch.data.loader import open_data
 from megatron_scratch.models.flops import flops_per_token
@@ -19,12 +19,13 @@ from megatron_scratch.train import build
 from megatron_scratch.train.batches import BatchPlan
 from megatron_scratch.train.evaluate import Evaluation, evaluate
 from megatron_scratch.train.fault import StopFlag
-from megatron_scratch.train.hooks import Evaluate, LogMetrics, Rates, RecordSkips, SaveCheckpoint
+from megatron_scratch.train.hooks import Evaluate, LogMetrics, Rates, RecordSkips
 from megatron_scratch.train.loop import Hook, train
 from megatron_scratch.train.metrics import Logged, Silent, View, peak_flops
 from megatron_scratch.train.plot import plot_loss
 from megatron_scratch.train.resume import resume
 from megatron_scratch.train.rundir import RunDir
+from megatron_scratch.train.saving import SaveCheckpoint
 from megatron_scratch.train.scaler import loss_scaler
 from megatron_scratch.train.step import TrainStep
 from megatron_scratch.util.env import Rank, read_rank
@@ -120,7 +121,7 @@ def _finish(cfg: Config, topo: Topology, run_dir: RunDir, view: View, done: int,
         raise StopRequested(f"stopped by {reason or 'another rank'} after step {done} of {cfg.train.steps}; a checkpoint is saved, "
                             "run the same command to go on")  # fmt: skip
     return {"steps": done, "val_loss": run_dir.last("val_loss"), "dir": str(run_dir.path), "plot": str(run_dir.plot),
-            "checkpoint": str(store.step_folder(run_dir.checkpoints, done))}  # fmt: skip
+            "checkpoint": str(step_folder(run_dir.checkpoints, done))}  # fmt: skip
 
 
 def main() -> int:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 import random
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +13,9 @@ import torch
 from ranks import run_ranks
 from torch.distributed.tensor import DTensor, Shard
 
-from megatron_scratch.checkpoint import CorruptCheckpoint, committed, load, newest_valid, save, store, verify
+from megatron_scratch.checkpoint import store
+from megatron_scratch.checkpoint.manifest import CorruptCheckpoint, committed, read, verify, write
+from megatron_scratch.checkpoint.store import load, newest_valid, save
 from megatron_scratch.config.train import CheckpointConfig
 from megatron_scratch.parallel import SINGLE, Topology
 from megatron_scratch.util.errors import UserError
@@ -62,7 +64,7 @@ def _bytes_per_rank(topo: Topology, root: str) -> None:
 
 def test_replicated_state_is_written_once_and_shared_out(tmp_path: Path) -> None:
     run_ranks(2, _bytes_per_rank, str(tmp_path))
-    sizes = [f["bytes"] for f in verify(tmp_path / "step_00000001")["files"].values()]
+    sizes = [f.bytes for f in verify(tmp_path / "step_00000001").files.values()]
     assert len(sizes) == 2 and max(sizes) < 5 * 64 * 64 * 4
 
 
@@ -113,19 +115,40 @@ def test_nothing_in_it_is_unpickled(root: Path, tmp_path: Path) -> None:
 
 
 def test_a_manifest_cannot_point_outside(root: Path) -> None:
-    path = root / "step_00000002" / "manifest.json"
-    manifest = json.loads(path.read_text())
-    manifest["files"] = {"../../etc/passwd": next(iter(manifest["files"].values()))}
-    path.write_text(json.dumps(manifest))
-    with pytest.raises(CorruptCheckpoint, match="outside"):
-        verify(path.parent)
+    """Not even one that was sealed by whoever made it up."""
+    folder = root / "step_00000002"
+    whole = read(folder)
+    (name,) = whole.files
+    for evil in ("../../etc/passwd", "/etc/passwd", "..", "a/b", "a\\b"):
+        write(folder, replace(whole, files={**whole.files, evil: whole.files[name]}))
+        with pytest.raises(CorruptCheckpoint, match="outside"):
+            verify(folder)
+
+
+def test_a_manifest_of_another_step_or_at_odds_with_itself_is_refused(root: Path) -> None:
+    folder = root / "step_00000002"
+    whole = read(folder)
+    saved = whole.tensors["model.w"]
+    (chunk,) = saved.chunks
+    for changed, words in (
+        (replace(whole, step=3), "of step 3"),
+        (replace(whole, tensors={"model.w": replace(saved, chunks=())}), "not the whole tensor"),
+        (replace(whole, tensors={"model.w": replace(saved, dtype="object")}), "dtype 'object'"),
+        (replace(whole, tensors={"model.w": replace(saved, chunks=(replace(chunk, at=1 << 40),))}), "outside of rank_00000"),
+        (replace(whole, tensors={"model.w": replace(saved, chunks=(replace(chunk, at=-1),))}), "outside of rank_00000"),
+        (replace(whole, tensors={"model.w": replace(saved, chunks=(replace(chunk, offset=(4, 0)),))}), r"from \[4, 0\]"),
+        (replace(whole, tensors={"model.w": replace(saved, chunks=(replace(chunk, file="other"),))}), "not in the list"),
+    ):
+        write(folder, changed)
+        with pytest.raises(CorruptCheckpoint, match=words):
+            read(folder)
 
 
 def test_a_crash_while_writing_leaves_the_old_ones(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def crash(*args: object) -> None:
         raise OSError("no space left")
 
-    for point in ("megatron_scratch.checkpoint.storage.Writer._write_file", "megatron_scratch.checkpoint.storage.write_json",
+    for point in ("megatron_scratch.checkpoint.storage.Writer._write_file", "megatron_scratch.checkpoint.manifest.write",
                   "pathlib.Path.rename"):  # fmt: skip
         with monkeypatch.context() as patch:
             patch.setattr(point, crash)

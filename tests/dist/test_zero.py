@@ -24,7 +24,9 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-from megatron_scratch.checkpoint import load, save, store, verify
+from megatron_scratch.checkpoint import store
+from megatron_scratch.checkpoint.manifest import verify
+from megatron_scratch.checkpoint.store import load, save
 from megatron_scratch.config.engine import Zero3Config, ZeroConfig
 from megatron_scratch.config.model import ModelConfig
 from megatron_scratch.config.optim import MuonConfig

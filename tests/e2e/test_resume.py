@@ -23,7 +23,7 @@ POINTS = [
     ("megatron_scratch.checkpoint.store:barrier", 4, "after_rename"),
 ]
 MAIN_ONLY = [
-    ("megatron_scratch.checkpoint.storage:write_json", 2, "manifest"),
+    ("megatron_scratch.checkpoint.manifest:write", 2, "manifest"),
     ("megatron_scratch.checkpoint.store:Path.rename", 2, "rename"),
     ("megatron_scratch.checkpoint.store:fsync_dir", 2, "parent_fsync"),
     ("megatron_scratch.checkpoint.store:shutil.rmtree", 3, "retire"),
