@@ -183,7 +183,13 @@ def verify(folder: Path, part: int = 0, parts: int = 1) -> Manifest:
         CorruptCheckpoint: naming the file.
     """
     manifest = read(folder)
-    for name in sorted(manifest.files)[part::parts]:
+    verify_files(folder, {name: manifest.files[name] for name in sorted(manifest.files)[part::parts]})
+    return manifest
+
+
+def verify_files(folder: Path, files: Mapping[str, File]) -> None:
+    """Read files, and compare them with what they should be."""
+    for name, want in files.items():
         digest, size = hashlib.sha256(), 0
         try:
             with open(folder / name, "rb", buffering=0) as f:
@@ -192,8 +198,7 @@ def verify(folder: Path, part: int = 0, parts: int = 1) -> Manifest:
                     size += len(piece)
         except OSError as error:
             raise CorruptCheckpoint(f"{folder / name}: {error.strerror}") from error
-        check_file(folder / name, manifest.files[name], size, digest.hexdigest())
-    return manifest
+        check_file(folder / name, want, size, digest.hexdigest())
 
 
 def check_file(path: Path, want: File, size: int, sha256: str) -> None:
@@ -219,3 +224,16 @@ def tensor(folder: Path, saved: Saved) -> np.ndarray:
         count = math.prod(chunk.shape)
         out[place] = np.fromfile(folder / chunk.file, dtype, count, offset=chunk.at).reshape(chunk.shape)
     return out
+
+
+def newest_valid(root: Path) -> tuple[Path | None, dict[Path, str]]:
+    """The newest committed checkpoint whose every file is as written, and {newer folder: what is wrong with it}."""
+    problems: dict[Path, str] = {}
+    for step in reversed(committed(root)):
+        folder = step_folder(root, step)
+        try:
+            verify(folder)
+            return folder, problems
+        except CorruptCheckpoint as error:
+            problems[folder] = str(error)
+    return None, problems

@@ -8,57 +8,63 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_scratch.checkpoint.manifest import DTYPES, File
+from megatron_scratch.checkpoint.manifest import DTYPES, File, itemsize
 
 ALIGN = 64  # bytes: chunks begin where any kernel may load them from a mapped file
 
 
 @dataclass(frozen=True)
-class Part:
-    """One tensor to be in a file. `bytes` may be asked for once, when its turn comes: a chunk is on the host only while written."""
+class Slot:
+    """A place for one chunk of a tensor in a file."""
 
-    key: str
+    name: str  # of the tensor
     dtype: str  # torch's name
+    offset: tuple[int, ...]
     shape: tuple[int, ...]
-    size: int
-    bytes: Callable[[], memoryview]
+
+    @property
+    def key(self) -> str:
+        """The chunk's name in the file."""
+        return f"{self.name}@{','.join(map(str, self.offset))}"
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * itemsize(self.dtype)
 
 
-def header(parts: Sequence[Part]) -> tuple[bytes, list[int]]:
-    """The bytes before the first tensor, and the byte at which each tensor begins."""
+def header(slots: Sequence[Slot]) -> tuple[bytes, list[int]]:
+    """The bytes before the first tensor, and the byte at which each tensor begins: known before anything is written."""
     entries, at = {}, 0
-    for part in parts:
-        entries[part.key] = {"dtype": DTYPES[part.dtype][0], "shape": list(part.shape), "data_offsets": [at, at + part.size]}
-        at += part.size
+    for slot in slots:
+        entries[slot.key] = {"dtype": DTYPES[slot.dtype][0], "shape": slot.shape, "data_offsets": [at, at := at + slot.bytes]}
     text = json.dumps(entries).encode()
     text += b" " * (-(8 + len(text)) % ALIGN)
     first = 8 + len(text)
     return len(text).to_bytes(8, "little") + text, [first + entry["data_offsets"][0] for entry in entries.values()]
 
 
-def write_shard(path: Path, parts: Sequence[Part]) -> tuple[File, list[int]]:
-    """Write a new file. Returns its size and hash, and where each part begins.
+def write_file(path: Path, contents: Iterable[memoryview]) -> File:
+    """Write a new file of these bytes, durably. Returns its size and hash.
 
     The hash is of what was in memory, not of what came to lie on the disk. It is computed beside the writing, by another thread:
     at 1 to 2 GB/s it is faster than most file systems.
     """
-    head, begins = header(parts)
     digest, size = hashlib.sha256(), 0
     with ThreadPoolExecutor(1) as beside, open(path, "xb", buffering=0) as f:
-        for view in (lambda: memoryview(head), *(part.bytes for part in parts)):
-            content = view()
+        for content in contents:
             hashed = beside.submit(digest.update, content)
             write_all(f.fileno(), content)
             hashed.result()
             size += content.nbytes
         os.fsync(f.fileno())
-    return File(size, digest.hexdigest()), begins
+    return File(size, digest.hexdigest())
 
 
 def write_all(fd: int, content: memoryview) -> None:

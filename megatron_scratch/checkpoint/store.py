@@ -1,102 +1,124 @@
-"""Checkpoints of one run: committed by one rename, listed by step, kept by rule.
+"""Save and load: any layout's state into one set of global tensors, and out of it into any other's; collective, verified.
 
-A folder `checkpoints/step_XXXXXXXX` under that name is whole: it is written as `.step_XXXXXXXX.tmp`, every file and the
-manifest are made durable, then it is renamed and the rename made durable. A crash at any point leaves the older
-checkpoints as they were and at most a `.tmp` folder, which the next save removes.
+Nothing that is read can run: tensors are safetensors, all else is JSON, also between the ranks. No rank holds more of the model
+than it trains, and each writes and hashes its share.
 """
 
 from __future__ import annotations
 
+import hashlib
+import math
 import shutil
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_scratch.checkpoint.manifest import CorruptCheckpoint, Manifest, committed, step_folder, verify
-from megatron_scratch.checkpoint.storage import Reader, Writer
-from megatron_scratch.config.train import CheckpointConfig
-from megatron_scratch.parallel.collectives import barrier, gather_json
+from megatron_scratch.checkpoint import manifest as manifests
+from megatron_scratch.checkpoint.attempt import Attempt
+from megatron_scratch.checkpoint.manifest import Chunk, CorruptCheckpoint, File, Manifest, check_file
+from megatron_scratch.checkpoint.plan import Offset, Plan, Planner, State, boxes
+from megatron_scratch.checkpoint.shard import Slot, header, write_file
+from megatron_scratch.parallel.collectives import gather_json
 from megatron_scratch.parallel.topology import Topology
 from megatron_scratch.util.errors import RunFailed, UserError
-from megatron_scratch.util.files import fsync_dir
 
-State = dict[str, torch.Tensor]
+Views = dict[tuple[str, Offset], torch.Tensor]  # (name, where it begins) -> live memory
 
 
-def save(root: Path, step: int, state: State, extra: dict[str, Any], topo: Topology) -> Path:
-    """Write `state` (every rank its part) and `extra` (JSON, rank 0's) as the checkpoint of `step`; collective."""
-    final, tmp = step_folder(root, step), root / f".{step_folder(root, step).name}.tmp"
+def save(root: Path, step: int, state: State, extra: dict[str, Any], topo: Topology, attempt: Attempt | None = None) -> Path:
+    """Write `state` (every rank its share) and `extra` (JSON, rank 0's) as the checkpoint of `step`; collective.
+
+    Args:
+        attempt: the run's; None: one of its own.
+
+    Raises:
+        RunFailed: it could not be written, on every rank, with the first one's reason; the checkpoints before are whole.
+    """
+    if attempt is None:
+        attempt = Attempt(root, on_main(lambda: Attempt.claim(root).number, topo, step))
+    plan = Planner(topo).plan(state)
+    stage(attempt, step, plan, topo)
+    return commit(attempt, step, plan, write(attempt.staged(step), plan, state), extra, topo)
+
+
+def stage(attempt: Attempt, step: int, plan: Plan, topo: Topology) -> None:
+    """Make the folder to write into, if there is room for what is to come; collective."""
+
+    def make() -> None:
+        attempt.stage(step)
+        free = shutil.disk_usage(attempt.folder).free
+        if free < plan.bytes:
+            raise OSError(f"no space left: it needs {plan.bytes / 2**30:.2f} GiB, and {attempt.root} has {free / 2**30:.2f} GiB")
+
+    on_main(make, topo, step)
+
+
+def write(folder: Path, plan: Plan, state: State) -> dict[str, Any]:
+    """Write this rank's files. Returns {"files": name -> [bytes, sha256]}, or {"error": why not}."""
+    views = views_of(state)
+    try:
+        return {"files": {name: _pair(write_file(folder / name, _contents(slots, views))) for name, slots in plan.files.items()}}
+    except OSError as error:
+        return {"error": str(error)}
+
+
+def _pair(file: File) -> list[Any]:
+    return [file.bytes, file.sha256]
+
+
+def _contents(slots: list[Slot], views: Views) -> Iterator[memoryview]:
+    """The bytes of a file, a chunk at a time: of a model on a device, no more than one chunk is on the host."""
+    yield memoryview(header(slots)[0])
+    for slot in slots:
+        yield memoryview(as_bytes(views[slot.name, slot.offset]).cpu().numpy())
+
+
+def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """The same numbers as a flat tensor of bytes, where it is."""
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
+def views_of(state: State) -> Views:
+    return {(name, offset): view for name, tensor in state.items() for offset, view in boxes(tensor)}
+
+
+def commit(attempt: Attempt, step: int, plan: Plan, written: dict[str, Any], extra: dict[str, Any], topo: Topology) -> Path:
+    """Write the manifest once every rank has written its files, and rename; collective. `written`: this rank's, from `write`."""
+    answers = gather_json(written, topo)
+    problem = next((answer["error"] for answer in answers if "error" in answer), "")
+    if problem:
+        raise _failed(step, problem)
+    files = {name: File(*pair) for answer in answers for name, pair in answer["files"].items()}
+
+    def seal() -> None:
+        manifests.write(attempt.staged(step), Manifest(step, {**extra, "attempt": attempt.number}, files, plan.tensors))
+        attempt.commit(step)
+
+    on_main(seal, topo, step)
+    return manifests.step_folder(attempt.root, step)
+
+
+def on_main(work: Callable[[], Any], topo: Topology, step: int) -> Any:
+    """Let the main rank do something, and every rank know the JSON that it returns, or that it failed; collective."""
+    answer = {}
     if topo.is_main:
-        shutil.rmtree(tmp, ignore_errors=True)
-        tmp.mkdir(parents=True)
-    barrier(topo)
-    writer = Writer(tmp, topo.rank, step, extra)
-    try:
-        with _quiet():
-            dcp.save(state, storage_writer=writer, no_dist=topo.world == 1)
-        if topo.is_main:
-            tmp.rename(final)
-            fsync_dir(root)
-    except (CheckpointException, OSError) as error:  # DCP's is a BaseException that holds what each rank raised
-        raise RunFailed(
-            f"the checkpoint of step {step} could not be written ({_reason(error)}); the ones before it are whole"
-        ) from error
-    barrier(topo)
-    return final
+        try:
+            answer = {"value": work()}
+        except (OSError, RunFailed) as error:
+            answer = {"error": str(error)}
+    answer = gather_json(answer, topo)[0]
+    if "error" in answer:
+        raise _failed(step, answer["error"])
+    return answer["value"]
 
 
-def _reason(error: BaseException) -> str:
-    """The first rank's own words, in one line."""
-    if isinstance(error, CheckpointException):
-        error = next(iter(error.failures.values()))[0]
-    return " ".join(str(error).split())
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """DCP warns that a process group is missing although `no_dist` says so."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
-        yield
-
-
-def newest_valid(root: Path, topo: Topology) -> tuple[Path | None, dict[Path, str]]:
-    """The newest checkpoint whose every file is as written, and {newer folder: what is wrong with it}; collective."""
-    problems: dict[Path, str] = {}
-    for step in reversed(committed(root)):
-        folder = step_folder(root, step)
-        if not (problem := find_problem(folder, topo)):
-            return folder, problems
-        problems[folder] = problem
-    return None, problems
-
-
-def find_problem(folder: Path, topo: Topology) -> str:
-    """What is wrong with a checkpoint, or an empty string; collective: the ranks share the files and agree on the answer."""
-    problem = ""
-    try:
-        verify(folder, topo.rank, topo.world)
-    except CorruptCheckpoint as error:
-        problem = str(error)
-    return next((found for found in gather_json(problem, topo) if found), "")
-
-
-def set_aside(folder: Path) -> Path:
-    """Take a corrupt checkpoint out of the committed names, so that its step can be saved again; nothing is deleted."""
-    aside = folder.with_name(f"corrupt_{folder.name}")
-    count = 1
-    while aside.exists():
-        count += 1
-        aside = folder.with_name(f"corrupt_{folder.name}.{count}")
-    folder.rename(aside)
-    fsync_dir(folder.parent)
-    return aside
+def _failed(step: int, problem: str) -> RunFailed:
+    return RunFailed(f"the checkpoint of step {step} could not be written ({' '.join(problem.split())}); "
+                     "the ones before it are whole")  # fmt: skip
 
 
 def shapes(manifest: Manifest) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -106,11 +128,14 @@ def shapes(manifest: Manifest) -> dict[str, tuple[tuple[int, ...], torch.dtype]]
 def load(folder: Path, manifest: Manifest, state: State, topo: Topology, only: str = "") -> None:
     """Fill the tensors of `state` in place, whatever layout wrote them; strict both ways; collective.
 
+    Every file is hashed as it is read: what is loaded is what was written, or nothing is kept.
+
     Args:
         only: a prefix; tensors of the checkpoint under other names are left alone (`model.`: weights without optimizer).
 
     Raises:
         UserError: names, shapes or dtypes differ: this checkpoint is of another model or optimizer.
+        CorruptCheckpoint: on every rank, naming the first file that is not as it was written; `state` holds anything.
     """
     saved = {name: shape for name, shape in shapes(manifest).items() if name.startswith(only)}
     here = set(state) if topo.size("pp") == 1 else {name for stage in gather_json(sorted(state), topo, "pp") for name in stage}
@@ -124,19 +149,58 @@ def load(folder: Path, manifest: Manifest, state: State, topo: Topology, only: s
         if (tuple(state[name].shape), state[name].dtype) != (shape, dtype):
             raise UserError(f"{folder}: {name} is {dtype} {list(shape)} in the checkpoint and {state[name].dtype} "
                             f"{list(state[name].shape)} in this run")  # fmt: skip
-    with _quiet():
-        dcp.load(state, storage_reader=Reader(folder, manifest), no_dist=topo.world == 1)
+    problem = ""
+    try:
+        _fill(folder, manifest, state)
+    except CorruptCheckpoint as error:
+        problem = str(error)
+    if problem := next((found for found in gather_json(problem, topo) if found), ""):
+        raise CorruptCheckpoint(problem)
 
 
-def retire(root: Path, cfg: CheckpointConfig) -> list[int]:
-    """Delete what the retention rule does not keep (one process calls this). The newest is always kept. Returns the steps."""
-    steps = committed(root)
-    kept = set(steps[-cfg.keep_last :]) if cfg.keep_last else set(steps)
-    kept |= {s for s in steps if cfg.keep_every and s % cfg.keep_every == 0} | set(steps[-1:])
-    gone = [s for s in steps if s not in kept]
-    for step in gone:
-        # Out of the committed name first: a crash while deleting must not leave half a checkpoint under it.
-        doomed = root / f".{step_folder(root, step).name}.old"
-        step_folder(root, step).rename(doomed)
-        shutil.rmtree(doomed)
-    return gone
+def _fill(folder: Path, manifest: Manifest, state: State) -> None:
+    """Read every file that holds something of this rank's boxes, once; the next is read and hashed while one is copied."""
+    wanted: dict[str, list[tuple[Chunk, torch.dtype, torch.Tensor, tuple[slice, ...]]]] = defaultdict(list)
+    for name, tensor in state.items():
+        for offset, view in boxes(tensor):
+            for chunk in manifest.tensors[name].chunks:
+                if overlap := _overlap(chunk, offset, tuple(view.shape)):
+                    inside, place = overlap
+                    wanted[chunk.file].append((chunk, tensor.dtype, view[place], inside))
+    with ThreadPoolExecutor(1) as ahead:
+        files = sorted(wanted)
+        reads = [ahead.submit(read_verified, folder / name, manifest.files[name]) for name in files[:1]]
+        for number, name in enumerate(files):
+            content = reads.pop().result()
+            reads += [ahead.submit(read_verified, folder / n, manifest.files[n]) for n in files[number + 1 : number + 2]]
+            for chunk, dtype, target, inside in wanted.pop(name):
+                numbers = torch.frombuffer(content, dtype=dtype, count=math.prod(chunk.shape), offset=chunk.at)
+                target.copy_(numbers.view(chunk.shape)[inside])
+
+
+def _overlap(chunk: Chunk, offset: Offset, shape: Offset) -> tuple[tuple[slice, ...], tuple[slice, ...]] | None:
+    """What a chunk and a box have in common, as slices of the chunk and of the box."""
+    inside, place = [], []
+    for begin, size, start, length in zip(chunk.offset, chunk.shape, offset, shape, strict=True):
+        low, high = max(begin, start), min(begin + size, start + length)
+        if low >= high:
+            return None
+        inside.append(slice(low - begin, high - begin))
+        place.append(slice(low - start, high - start))
+    return tuple(inside), tuple(place)
+
+
+def read_verified(path: Path, want: File) -> bytearray:
+    """A file's bytes, if they are the bytes that were written."""
+    content = bytearray(want.bytes)
+    digest, done = hashlib.sha256(), 0
+    try:
+        with open(path, "rb", buffering=0) as f:
+            while got := f.readinto(memoryview(content)[done : done + manifests.CHUNK]):
+                digest.update(memoryview(content)[done : done + got])
+                done += got
+            done += len(f.read(1))
+    except OSError as error:
+        raise CorruptCheckpoint(f"{path}: {error.strerror}") from error
+    check_file(path, want, done, digest.hexdigest())
+    return content

@@ -32,7 +32,8 @@ class TrainConfig:
     log_every: int = 10
     z_loss: float = 0.0  # weight of log(Z)^2, which keeps logits from drifting (PaLM, arXiv 2204.02311: 1e-4)
     compile: bool = False  # torch.compile, block by block
-    threads: Optional[int] = None  # CPU threads per process; None: the machine's cores / processes on it
+    canonical_reduction: bool = False  # dp 1, 2, 4, ... give the same bits, at a price: docs/resuming.md
+    threads: Optional[int] = None  # CPU threads per process; None: the machine's cores / processes on it (canonical_reduction: 1)
     peak_tflops: Optional[float] = None  # denominator of MFU; None: the GPU's dense bf16 peak, or this CPU's measured matmul
 
 
@@ -63,6 +64,7 @@ class CheckpointConfig:
     every: int = 0  # steps; 0: only at the end and when stopped
     keep_last: int = 2  # newest ones kept; 0: all
     keep_every: int = 0  # steps that are kept for ever; 0: none
+    async_save: bool = False  # training goes on while another process writes; costs memory for one copy of this rank's share
     resume: str = "auto"  # auto: the newest in the run directory | never | PATH of a run or of one checkpoint
 
 
@@ -120,6 +122,22 @@ def check_batch(t: TrainConfig, dp: int) -> None:
             near = ", ".join(str(n) for n in (size // unit * unit, (size // unit + 1) * unit) if n)
             raise UserError(f"{key}={size} is not divisible by train.micro_batch_size={t.micro_batch_size} x data-parallel size "
                             f"{dp} = {unit}; nearest that are: {near}")  # fmt: skip
+
+
+def check_canonical(t: TrainConfig, p: ParallelConfig, engine: str, dp: int) -> None:
+    """Refuse where sums cannot have one order."""
+    if not t.canonical_reduction:
+        return
+    if engine != "ddp":
+        raise UserError(f"train.canonical_reduction=true with engine={engine}, which adds gradients up in an order of its own; "
+                        "use engine=ddp")  # fmt: skip
+    if p.pp > 1:
+        raise UserError(f"train.canonical_reduction=true with parallel.pp={p.pp}: a schedule adds gradients up in an order of its "
+                        "own; use parallel.pp=1")  # fmt: skip
+    if dp & (dp - 1):
+        near = [2 ** (dp.bit_length() - 1), 2 ** dp.bit_length()]
+        raise UserError(f"train.canonical_reduction=true on {dp} data-parallel ranks, which are no subtrees of a binary tree; "
+                        f"nearest that are: {', '.join(str(n * p.tp) for n in near)} processes")  # fmt: skip
 
 
 def microbatches(t: TrainConfig, dp: int) -> dict[str, int]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from megatron_scratch import registry
 from megatron_scratch.checkpoint import store
-from megatron_scratch.checkpoint.manifest import read
 from megatron_scratch.config import Config, DataConfig, compose
 from megatron_scratch.config.attention import portable
 from megatron_scratch.config.verbs import EvalArgs, GenerateArgs
@@ -43,8 +43,8 @@ def load_run(run: str, precision: str | None = None) -> Trained:
     path = Path(run)
     if not run or not path.exists():
         raise UserError(f"run={run!r} does not exist; give a run directory (with config.yaml and checkpoints/) or one checkpoint")
-    folder = resume.named(path, SINGLE)
-    cfg = compose.load_file(folder.parent.parent / "config.yaml")
+    folders = resume.named(path)
+    cfg = compose.load_file(folders[0].parent.parent / "config.yaml")
     registry.load_plugins(cfg.plugins)
     # This machine need not be the one that trained.
     cfg.model.norm_kernel, cfg.model.attention = "auto", portable(cfg.model.attention)
@@ -57,7 +57,8 @@ def load_run(run: str, precision: str | None = None) -> Trained:
     model = build.build_model(cfg, SINGLE)
     build.materialize(model.decoder, cfg.seed, device)
     state = {f"model.{name}": p.detach() for name, p in model.decoder.named_parameters()}
-    store.load(folder, read(folder), state, SINGLE, only="model.")
+    load = partial(store.load, state=state, topo=SINGLE, only="model.")
+    folder, _, _ = resume.first_whole(folders, load, SINGLE)
     return Trained(cfg, model.eval(), folder)
 
 

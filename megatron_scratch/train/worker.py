@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from megatron_scratch import registry
+from megatron_scratch.checkpoint.attempt import Attempt
 from megatron_scratch.checkpoint.manifest import step_folder
+from megatron_scratch.checkpoint.saver import Saver
 from megatron_scratch.config import Config, compose
 from megatron_scratch.data.loader import open_data
 from megatron_scratch.models.flops import flops_per_token
 from megatron_scratch.parallel import Topology
-from megatron_scratch.parallel.collectives import barrier
+from megatron_scratch.parallel.collectives import gather_json
 from megatron_scratch.train import build
 from megatron_scratch.train.batches import BatchPlan
 from megatron_scratch.train.evaluate import Evaluation, evaluate
@@ -43,34 +45,37 @@ def run(cfg: Config, rank: Rank, store_file: Path | None = None) -> dict[str, An
     run_dir = RunDir(cfg.dir)
     with ExitStack() as stack:
         stop = stack.enter_context(StopFlag().listening())
+        number = 0
         if rank.rank == 0:
             run_dir.create()
             stack.enter_context(run_dir.locked())
+            number = Attempt.claim(run_dir.checkpoints).number
         topo = stack.enter_context(build.process_group(cfg, rank, store_file))
-        barrier(topo)  # the main rank has made the folders
+        attempt = Attempt(run_dir.checkpoints, gather_json(number, topo)[0])  # and the main rank has made the folders
         view = Logged(registry.build("logging", cfg.logging) if topo.is_main else Silent(), run_dir.log_file(rank.rank))
         stack.callback(view.close)
         try:
-            return _train(cfg, topo, run_dir, view, stop)
+            return _train(cfg, topo, run_dir, attempt, view, stop)
         except Exception:
             view.failed()
             raise
 
 
-def _train(cfg: Config, topo: Topology, run_dir: RunDir, view: View, stop: StopFlag) -> dict[str, Any]:
+def _train(cfg: Config, topo: Topology, run_dir: RunDir, attempt: Attempt, view: View, stop: StopFlag) -> dict[str, Any]:
     data = open_data(cfg.data, cfg.train.seq_len, cfg.seed)
     models, engine = build.build_engine(cfg, topo)
     passes = build.build_passes(cfg, engine, topo)
     plan = BatchPlan(cfg.train)
     facts = build.facts(cfg, data)
     scaler = loss_scaler(cfg.precision)
-    first = resume(cfg, run_dir, engine, plan, facts, topo, view, scaler)
+    resumed = resume(cfg, run_dir, engine, plan, facts, topo, view, scaler)
+    first = resumed or 0
     if topo.is_main:
         compose.save(cfg, run_dir.config)
         if data.tokenizer is not None:
             data.tokenizer.save(run_dir.path)  # a run can write text wherever its data has gone
         run_dir.record("start", step=first, world=topo.world, tp=topo.size("tp"), pp=topo.size("pp"),
-                       engine=cfg.engine.name, steps=cfg.train.steps)  # fmt: skip
+                       engine=cfg.engine.name, steps=cfg.train.steps, attempt=attempt.number)  # fmt: skip
 
     rates = _rates(cfg, topo, plan, first)
     hooks: list[Hook] = [LogMetrics(cfg.train.log_every, topo, run_dir, view, rates)]
@@ -87,7 +92,8 @@ def _train(cfg: Config, topo: Topology, run_dir: RunDir, view: View, stop: StopF
     def position(step: int) -> dict[str, Any]:
         return {**facts, "samples": plan.consumed(step), **({} if scaler is None else {"scaler": scaler.state()})}
 
-    hooks.append(SaveCheckpoint(cfg.checkpoint, topo, run_dir, engine, rates, position))
+    saver = Saver(cfg.checkpoint, attempt, topo, verified=resumed)
+    hooks.append(SaveCheckpoint(cfg.checkpoint.every, saver, topo, run_dir, view, engine, rates, position))
 
     dropout = cfg.seed if cfg.model.dropout > 0 else None
     rate, asked = build.learning_rate(cfg), lambda: bool(stop.reason)
@@ -95,7 +101,10 @@ def _train(cfg: Config, topo: Topology, run_dir: RunDir, view: View, stop: StopF
     if first >= cfg.train.steps:
         view.say(f"already at step {first}; raise train.steps={cfg.train.steps} to go on")
     view.start(first, cfg.train.steps)
-    done, stopped = train(first, cfg.train.steps, step, hooks)
+    try:
+        done, stopped = train(first, cfg.train.steps, step, hooks)
+    finally:
+        saver.close()
     return _finish(cfg, topo, run_dir, view, done, stopped, stop.reason)
 
 

@@ -11,14 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 from ranks import run_ranks
+from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor, Shard
 
-from megatron_scratch.checkpoint import store
-from megatron_scratch.checkpoint.manifest import CorruptCheckpoint, committed, read, verify, write
-from megatron_scratch.checkpoint.store import load, newest_valid, save
+from megatron_scratch.checkpoint.attempt import Attempt, retire, surplus
+from megatron_scratch.checkpoint.manifest import CorruptCheckpoint, committed, newest_valid, read, verify, write
+from megatron_scratch.checkpoint.shard import write_file
+from megatron_scratch.checkpoint.store import load, save
 from megatron_scratch.config.train import CheckpointConfig
 from megatron_scratch.parallel import SINGLE, Topology
-from megatron_scratch.util.errors import UserError
+from megatron_scratch.util.errors import RunFailed, UserError
 
 
 def whole() -> dict[str, torch.Tensor]:
@@ -42,7 +44,7 @@ def _save(topo: Topology, root: str, dim: int) -> None:
 
 def _load(topo: Topology, root: str, dim: int) -> bool:
     state = sharded(topo, {k: torch.zeros_like(v) for k, v in whole().items()}, dim)
-    folder, problems = newest_valid(Path(root), topo)
+    folder, problems = newest_valid(Path(root))
     assert folder is not None and not problems
     load(folder, verify(folder), state, topo)
     want = sharded(topo, whole(), dim)
@@ -93,11 +95,11 @@ def test_every_corruption_is_seen_and_the_older_one_is_taken(root: Path) -> None
                 lambda: (folder / "manifest.json").unlink(), lambda: (folder / name).write_bytes(b"x" * size)]  # fmt: skip
     for damage in damages:
         damage()
-        found, problems = newest_valid(root, SINGLE)
+        found, problems = newest_valid(root)
         assert found == root / "step_00000001" and list(problems) == [folder] and str(folder) in problems[folder]
         shutil.rmtree(folder)
         shutil.copytree(keep, folder)
-    assert newest_valid(root, SINGLE) == (folder, {})
+    assert newest_valid(root) == (folder, {})
 
 
 def test_nothing_in_it_is_unpickled(root: Path, tmp_path: Path) -> None:
@@ -111,7 +113,7 @@ def test_nothing_in_it_is_unpickled(root: Path, tmp_path: Path) -> None:
         file.write_bytes(pickle.dumps(Evil()))
     with pytest.raises(CorruptCheckpoint):
         verify(folder)
-    assert newest_valid(root, SINGLE)[0] == root / "step_00000001" and not canary.exists()
+    assert newest_valid(root)[0] == root / "step_00000001" and not canary.exists()
 
 
 def test_a_manifest_cannot_point_outside(root: Path) -> None:
@@ -148,13 +150,13 @@ def test_a_crash_while_writing_leaves_the_old_ones(root: Path, monkeypatch: pyte
     def crash(*args: object) -> None:
         raise OSError("no space left")
 
-    for point in ("megatron_scratch.checkpoint.storage.Writer._write_file", "megatron_scratch.checkpoint.manifest.write",
-                  "pathlib.Path.rename"):  # fmt: skip
+    for point in ("megatron_scratch.checkpoint.store.write_file", "megatron_scratch.checkpoint.manifest.write",
+                  "megatron_scratch.checkpoint.attempt.os.rename"):  # fmt: skip
         with monkeypatch.context() as patch:
             patch.setattr(point, crash)
-            with pytest.raises(BaseException, match="no space left"):
+            with pytest.raises(RunFailed, match="no space left"):
                 save(root, 3, whole(), {}, SINGLE)
-        assert committed(root) == [1, 2] and newest_valid(root, SINGLE)[0] == root / "step_00000002"
+        assert committed(root) == [1, 2] and newest_valid(root)[0] == root / "step_00000002"
     save(root, 3, whole(), {}, SINGLE)  # what the crashes left behind is in nobody's way
     assert committed(root) == [1, 2, 3]
 
@@ -172,7 +174,54 @@ def test_other_model_is_refused_with_the_name(root: Path) -> None:
 
 @pytest.mark.parametrize(("last", "every", "kept"), [(2, 0, [5, 6]), (0, 0, [1, 2, 3, 4, 5, 6]), (1, 2, [2, 4, 6]), (1, 5, [5, 6])])
 def test_retention(last: int, every: int, kept: list[int], tmp_path: Path) -> None:
+    attempt = Attempt.claim(tmp_path)
     for step in range(1, 7):
-        save(tmp_path, step, {"x": torch.ones(1)}, {}, SINGLE)
-        store.retire(tmp_path, CheckpointConfig(keep_last=last, keep_every=every))
-    assert committed(tmp_path) == kept and sorted(p.name for p in tmp_path.iterdir()) == [f"step_{s:08d}" for s in kept]
+        save(tmp_path, step, {"x": torch.ones(1)}, {}, SINGLE, attempt)
+        retire(attempt, CheckpointConfig(keep_last=last, keep_every=every), {step})
+    assert committed(tmp_path) == kept and not list(attempt.folder.iterdir())
+
+
+def test_the_last_one_that_was_read_again_is_never_deleted(tmp_path: Path) -> None:
+    attempt, rule = Attempt.claim(tmp_path), CheckpointConfig(keep_last=1)
+    for step in range(1, 5):
+        save(tmp_path, step, {"x": torch.ones(1)}, {}, SINGLE, attempt)
+    assert retire(attempt, rule, verified=()) == [] and surplus(committed(tmp_path), rule) == [1, 2, 3]
+    assert retire(attempt, rule, verified={2}) == [1]
+    assert retire(attempt, rule, verified={2, 4}, held={3}) == [2]
+    assert committed(tmp_path) == [3, 4]
+
+
+def test_a_stale_writer_is_fenced_off(tmp_path: Path) -> None:
+    """Two starts of a run, the first one still alive: whatever it does from then on comes to nothing."""
+    first = Attempt.claim(tmp_path)
+    save(tmp_path, 1, whole(), {}, SINGLE, first)
+    folder = first.stage(2)
+    (folder / "half").write_bytes(b"x")
+    with open(folder / "open", "wb") as still_open:
+        second = Attempt.claim(tmp_path)
+        still_open.write(b"late")
+    assert second.number == first.number + 1 and not first.folder.exists()
+    with pytest.raises(RunFailed, match="attempt 1 .* is over"):
+        first.commit(2)
+    with pytest.raises(RunFailed, match="attempt 1 .* is over"):
+        save(tmp_path, 2, whole(), {}, SINGLE, first)
+    with pytest.raises(RunFailed, match="attempt 1 .* is over"):
+        retire(first, CheckpointConfig(keep_last=1), {1})
+    with pytest.raises(FileNotFoundError):
+        write_file(folder / "rank_00000_000.safetensors", [memoryview(b"late")])
+    save(tmp_path, 2, whole(), {}, SINGLE, second)
+    assert committed(tmp_path) == [1, 2] and read(tmp_path / "step_00000002").extra["attempt"] == 2
+
+
+def test_no_checkpoint_is_ever_overwritten(root: Path) -> None:
+    before = (root / "step_00000002" / "manifest.json").read_bytes()
+    with pytest.raises(RunFailed, match="step_00000002 exists"):
+        save(root, 2, whole(), {"samples": 3}, SINGLE)
+    assert (root / "step_00000002" / "manifest.json").read_bytes() == before
+
+
+def test_files_are_safetensors_that_anybody_can_open(root: Path) -> None:
+    manifest = read(root / "step_00000002")
+    (name,) = manifest.files
+    theirs = load_file(root / "step_00000002" / name)
+    assert all(torch.equal(theirs[f"{key}@{','.join('0' * t.ndim)}"], t) for key, t in whole().items())

@@ -18,15 +18,16 @@ POINTS = [
     ("megatron_scratch.engine.ddp:DDPEngine.backward", 15, "backward"),
     ("megatron_scratch.engine.ddp:DDPEngine.step", 5, "optimizer"),
     ("megatron_scratch.train.hooks:Evaluate.run", 1, "evaluation"),
-    ("megatron_scratch.checkpoint.storage:Writer.write_data", 2, "before_write"),
-    ("megatron_scratch.checkpoint.storage:Writer._write_file", 2, "write"),
-    ("megatron_scratch.checkpoint.store:barrier", 4, "after_rename"),
+    ("megatron_scratch.checkpoint.store:write", 2, "before_write"),
+    ("megatron_scratch.checkpoint.store:write_file", 2, "write"),
+    ("megatron_scratch.checkpoint.store:commit", 2, "before_commit"),
+    ("megatron_scratch.checkpoint.saver:Saver._retire", 2, "after_rename"),
 ]
 MAIN_ONLY = [
     ("megatron_scratch.checkpoint.manifest:write", 2, "manifest"),
-    ("megatron_scratch.checkpoint.store:Path.rename", 2, "rename"),
-    ("megatron_scratch.checkpoint.store:fsync_dir", 2, "parent_fsync"),
-    ("megatron_scratch.checkpoint.store:shutil.rmtree", 3, "retire"),
+    ("megatron_scratch.checkpoint.attempt:os.rename", 2, "rename"),
+    ("megatron_scratch.checkpoint.attempt:fsync_dir", 3, "parent_fsync"),
+    ("megatron_scratch.checkpoint.attempt:Path.rename", 1, "retire"),
 ]
 
 
@@ -121,10 +122,10 @@ def test_another_number_of_ranks_goes_on_at_the_same_sample(
                                                ("checkpoint.resume=never", "never")])  # fmt: skip
 def test_another_run_is_refused(change: str, words: str, corpus: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert run(config(corpus, tmp_path / "r", "train.steps=2")) == [0]
-    before = sorted((p, p.stat().st_mtime_ns) for p in (tmp_path / "r" / "checkpoints").rglob("*"))
+    before = sorted((p, p.stat().st_mtime_ns) for p in (tmp_path / "r" / "checkpoints").rglob("step_*/*"))
     assert run(config(corpus, tmp_path / "r", "train.steps=4", change)) == [2]
     assert words in capfd.readouterr().err
-    assert before == sorted((p, p.stat().st_mtime_ns) for p in (tmp_path / "r" / "checkpoints").rglob("*"))
+    assert before == sorted((p, p.stat().st_mtime_ns) for p in (tmp_path / "r" / "checkpoints").rglob("step_*/*"))
 
 
 def test_from_another_runs_checkpoint(corpus: Path, tmp_path: Path) -> None:
@@ -145,9 +146,9 @@ def test_a_changed_batch_size_loses_no_sample(corpus: Path, tmp_path: Path) -> N
 
 def _disk_full() -> None:
     """From the second checkpoint on, this rank cannot write."""
-    from megatron_scratch.checkpoint.storage import Writer
+    from megatron_scratch.checkpoint import store
 
-    whole, calls = Writer._write_file, [0]
+    whole, calls = store.write_file, [0]
 
     def write(*args: object) -> object:
         calls[0] += 1
@@ -155,7 +156,7 @@ def _disk_full() -> None:
             raise OSError(28, "No space left on device")
         return whole(*args)  # type: ignore[arg-type]
 
-    Writer._write_file = write  # type: ignore[assignment, method-assign]
+    store.write_file = write  # type: ignore[assignment]
 
 
 @pytest.mark.parametrize("world", [1, 2])

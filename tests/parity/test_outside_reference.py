@@ -18,6 +18,7 @@ from runs import config
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PretrainedConfig
 
 from megatron_scratch.checkpoint import store
+from megatron_scratch.checkpoint.manifest import verify
 from megatron_scratch.config import Config
 from megatron_scratch.data.loader import open_data
 from megatron_scratch.engine import Engine
@@ -96,7 +97,7 @@ def ours(topo: Topology, cfg: Config, folder: Path) -> tuple[list[float], list[f
     """Our training from a checkpoint: losses, norms, and this rank's gradients of each step and weights at the end."""
     if topo.world > 1:
         topo = build.topology(cfg, Rank(topo.rank, topo.world, topo.rank, True), topo.device)
-    manifest = store.verify(folder)
+    manifest = verify(folder)
     _, engine = build.build_engine(cfg, topo)
     engine.load(store.shapes(manifest), lambda state: store.load(folder, manifest, state, topo))
     loader = build.loader(cfg, open_data(cfg.data, SEQ, cfg.seed).train, topo)
