@@ -116,7 +116,7 @@ cfg = compose.load(["experiment=bench_cpu", f"precision={sys.argv[1]}"])
 with build.process_group(cfg, Rank(), None) as topo:
     _, engine = build.build_engine(cfg, topo)
     rng, clock = np.random.default_rng(0), bench.Clock(topo.device)
-    step = lambda: bench._step(cfg, engine, [bench._batch(cfg, rng)], clock)
+    step = lambda: bench._step(cfg, engine, [bench._batch(cfg, rng)], clock, None)
     for _ in range(3): step()
     with torch.profiler.profile() as profile:
         for _ in range(3): step()

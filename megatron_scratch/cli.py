@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -21,13 +22,19 @@ USAGE = """megatron-scratch VERB [key=value ...]
   eval           loss, perplexity, bits per byte       RUN [data=DIR]
   generate       text from a trained model             RUN [prompt=TEXT] [max_new_tokens=N] [temperature=T]
   parity         the same numbers under this layout?   [any config key]
+  ckpt ls        which checkpoints there are           RUN|URL [verify=true] [json=true]
+  ckpt inspect   what is in a checkpoint, in a tensor  RUN|CKPT|URL [tensor=NAME]
+  ckpt verify    is every file as it was written?      RUN|CKPT|URL
+  ckpt diff      what two checkpoints differ in        A B [tolerance=1e-6]
+  ckpt export-hf a checkpoint for transformers, vLLM   RUN OUT [step=N] [dtype=bfloat16] [shard_gb=5] [tokenizer=false]
+  ckpt import-hf a run from a folder of transformers   SRC OUT [dtype=bfloat16] [fused_qkv=false]
   bench          tokens/s and MFU of a training step   [any config key]
   doctor         this machine: what is here, is it right?
 
   train, parity, bench and data prepare take --print (show the config and stop) and --config-dir DIR (your own YAML groups).
   `python -m megatron_scratch` is the same. Exit codes: 0 finished, 2 bad input, 75 stopped with a checkpoint, 1 failed."""
 
-LATER = ("plan", "ckpt", "report")
+LATER = ("plan", "report")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -44,7 +51,7 @@ def _dispatch(words: list[str]) -> int:
         print(__version__)
         return OK
     verb, rest = words[0], words[1:]
-    if verb == "data":
+    if verb in ("data", "ckpt"):
         verb, rest = " ".join(words[:2]), words[2:]
     if verb in LATER or verb in ("data clean", "data dedup", "data tokenizer", "data tokenize"):
         raise UserError(f"{verb!r} is not in this version; `megatron-scratch --help` lists what is")
@@ -178,6 +185,94 @@ def _doctor(words: list[str]) -> int:
     return OK if doctor(lambda line: print(line, flush=True)) else FAILED
 
 
+def _ckpt_ls(words: list[str]) -> int:
+    from megatron_scratch.config.compose import parse_args
+    from megatron_scratch.config.verbs import CkptLsArgs
+
+    args = parse_args(CkptLsArgs, _named(words, "run"), positional="run")
+    args.check()
+    from megatron_scratch.checkpoint.inspect import ls, ls_table
+
+    rows = ls(args.run, args.verify)
+    for line in (json.dumps(row) for row in rows) if args.json else ls_table(rows):
+        print(line)
+    return OK
+
+
+def _ckpt_inspect(words: list[str]) -> int:
+    from megatron_scratch.config.compose import parse_args
+    from megatron_scratch.config.verbs import CkptInspectArgs
+
+    args = parse_args(CkptInspectArgs, _named(words, "run"), positional="run")
+    args.check()
+    from megatron_scratch.checkpoint.inspect import inspect
+
+    print("\n".join(inspect(args.run, args.tensor)))
+    return OK
+
+
+def _ckpt_verify(words: list[str]) -> int:
+    from megatron_scratch.config.compose import parse_args
+    from megatron_scratch.config.verbs import CkptVerifyArgs
+
+    args = parse_args(CkptVerifyArgs, _named(words, "run"), positional="run")
+    args.check()
+    from megatron_scratch.checkpoint.inspect import verify
+
+    terminal = sys.stderr.isatty()
+    try:
+        verify(args.run, print, lambda line: print(f"\r\x1b[K{line}", end="", file=sys.stderr) if terminal else None)
+    finally:
+        print("\r\x1b[K" if terminal else "", end="", file=sys.stderr)
+    return OK
+
+
+def _ckpt_diff(words: list[str]) -> int:
+    from megatron_scratch.config.compose import parse_args
+    from megatron_scratch.config.verbs import CkptDiffArgs
+
+    args = parse_args(CkptDiffArgs, _named(words, "a", "b"), positional="b")
+    args.check()
+    from megatron_scratch.checkpoint.diff import diff
+
+    lines, equal = diff(args.a, args.b, args.tolerance)
+    print("\n".join(lines))
+    return OK if equal else FAILED
+
+
+def _ckpt_export_hf(words: list[str]) -> int:
+    from megatron_scratch.config.compose import parse_args
+    from megatron_scratch.config.verbs import ExportArgs
+
+    args = parse_args(ExportArgs, _named(words, "run", "out"), positional="out")
+    args.check()
+    from megatron_scratch.train.hf.export import export
+
+    export(args, lambda line: print(line, flush=True))
+    return OK
+
+
+def _ckpt_import_hf(words: list[str]) -> int:
+    from megatron_scratch.config.compose import parse_args
+    from megatron_scratch.config.verbs import ImportArgs
+
+    args = parse_args(ImportArgs, _named(words, "src", "out"), positional="out")
+    args.check()
+    from megatron_scratch.train.hf.importing import import_hf
+
+    import_hf(args, lambda line: print(line, flush=True))
+    return OK
+
+
+def _named(words: list[str], *names: str) -> list[str]:
+    """Bare words in their order as `name=word`."""
+    bare = [word for word in words if "=" not in word]
+    if len(bare) > len(names):
+        allowed = " ".join(name.upper() for name in names)
+        raise UserError(f"{bare[len(names)]!r} is one word too many; allowed: {allowed} and key=value words")
+    return [f"{name}={word}" for name, word in zip(names, bare, strict=False)] + [word for word in words if "=" in word]
+
+
 def _parity(words: list[str]) -> int:
     cfg = _composed(words)
     if cfg is None:
@@ -199,4 +294,6 @@ def _parity(words: list[str]) -> int:
 VERBS: dict[str, Callable[[list[str]], int]] = {
     "data prepare": _data_prepare, "data inspect": _data_inspect, "train": _train, "eval": _eval, "generate": _generate,
     "parity": _parity, "bench": _bench, "doctor": _doctor,
+    "ckpt ls": _ckpt_ls, "ckpt inspect": _ckpt_inspect, "ckpt verify": _ckpt_verify, "ckpt diff": _ckpt_diff,
+    "ckpt export-hf": _ckpt_export_hf, "ckpt import-hf": _ckpt_import_hf,
 }  # fmt: skip

@@ -26,33 +26,42 @@ TINY = ["model=llama_tiny", "model.num_layers=2", "model.hidden_size=32", "model
         "train.threads=1", "optim.lr=1e-2", "train.peak_tflops=1", "train.eval_batches=2"]  # fmt: skip
 
 Fault = Callable[[], None]
+GRACE = 5.0  # seconds that ranks get to end by themselves, once another one has been killed
 
 
 def config(data: Path, run: Path, *overrides: str, world: int = 1) -> Config:
     return resolve(compose.load([*TINY, f"data.dir={data}", f"dir={run}", *overrides]), world)
 
 
-def _rank(cfg: Config, rank: Rank, store: str, fault: Fault | None) -> None:
+def _rank(cfg: Config, rank: Rank, store: str, fault: Fault | None, arm: Callable[[Rank], None] | None) -> None:
     faulthandler.dump_traceback_later(120, exit=True)
     torch.set_num_threads(1)
     worker.plot_loss = lambda run_dir: None  # 0.3 s; test_train draws one
     if fault is not None and rank.rank == rank.world - 1:
         fault()
+    if arm is not None:
+        arm(rank)
     code = exit_code(lambda: worker.run(cfg, rank, Path(store)))
     os._exit(code)
 
 
-def run(cfg: Config, world: int = 1, fault: Fault | None = None) -> list[int]:
-    """Train on `world` forked ranks; `fault` is armed in the last one. Returns the exit codes (negative: signal)."""
+def run(cfg: Config, world: int = 1, fault: Fault | None = None, arm: Callable[[Rank], None] | None = None) -> list[int]:
+    """Train on `world` forked ranks; `fault` is armed in the last one, `arm` is called in each. Returns the exit codes (negative:
+    signal)."""
     context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory() as tmp:
-        ranks = [
-            context.Process(target=_rank, args=(cfg, Rank(r, world, r, world > 1), f"{tmp}/store", fault)) for r in range(world)
-        ]
+        members = [Rank(r, world, r, world > 1) for r in range(world)]
+        ranks = [context.Process(target=_rank, args=(cfg, rank, f"{tmp}/store", fault, arm)) for rank in members]
         for process in ranks:
             process.start()
-        for process in ranks:
-            process.join()
+        for process in ranks:  # the ones that others may be waiting for need not be the first
+            while process.is_alive() and not any(p.exitcode == -signal.SIGKILL for p in ranks):
+                process.join(0.02)
+        for process in ranks:  # a rank may wait for one that died before they met: it is for the launcher to end it
+            process.join(GRACE if any(p.exitcode == -signal.SIGKILL for p in ranks) else None)
+            if process.is_alive():
+                process.kill()
+                process.join()
         return [p.exitcode for p in ranks]  # type: ignore[misc]
 
 

@@ -7,7 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from written import checkpoint
 
 from megatron_scratch import registry
 from megatron_scratch.config import compose
@@ -33,7 +35,10 @@ MAY_IMPORT = {
     "launch": L0 | {"data"},
     "cli": L0 | {"data", "corpus", "launch"},
 }  # fmt: skip
-LAZY = {"launch": {"train"}, "cli": {"train"}}  # inside a function only: a verb that needs torch pays for it, no other
+LAZY = {
+    "launch": {"train"},
+    "cli": {"train", "checkpoint"},
+}  # inside a function only: a verb pays for what it needs, no other
 TORCH_FREE = {"config", "registry", "builtin", "util", "corpus", "launch", "cli", "data"}
 MODULE_STATE = {"registry"}  # the one place with a module-level mutable object
 
@@ -127,6 +132,17 @@ def test_environment_is_read_in_one_place() -> None:
 def test_the_command_line_answers_without_torch() -> None:
     code = ("import sys; from megatron_scratch.cli import main; code = main(['train', 'data.dir=no/such', 'model.norm=rmsnorm']); "
             "assert code == 2, code; assert 'torch' not in sys.modules, 'torch was imported'")  # fmt: skip
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, capture_output=True, text=True)
+
+
+def test_commands_on_checkpoints_answer_without_torch(tmp_path: Path) -> None:
+    """And so does the process that brings checkpoints to remote storage: it starts at once, and holds no memory for torch."""
+    values = {"model.w": ("float32", np.ones((4, 3), np.float32))}
+    a, b = (str(checkpoint(tmp_path / name, 1, values)) for name in "ab")
+    calls = [["ls", a], ["inspect", a], ["inspect", a, "tensor=w"], ["verify", a], ["diff", a, b], ["verify", f"file://{a}"]]
+    code = (f"import sys; from megatron_scratch.cli import main; import megatron_scratch.checkpoint.uploader; "
+            f"codes = [main(['ckpt', *words]) for words in {calls}]; assert not any(codes), codes; "
+            "assert 'torch' not in sys.modules, 'torch was imported'")  # fmt: skip
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, capture_output=True, text=True)
 
 

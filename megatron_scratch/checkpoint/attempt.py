@@ -49,7 +49,10 @@ class Attempt:
         fsync_dir(root)
         for number, path in earlier.items():
             swept = root / f".swept_{number:06d}_by_{attempt.number:06d}"
-            path.rename(swept)  # at once, and whole: a writer inside cannot add to what is being deleted
+            try:
+                path.rename(swept)  # at once, and whole: a writer inside cannot add to what is being deleted
+            except FileNotFoundError:
+                continue  # a claim at the same moment has been faster
             shutil.rmtree(swept, ignore_errors=True)
         for path in root.glob(".swept_*"):  # of a claim that was killed
             shutil.rmtree(path, ignore_errors=True)
@@ -84,8 +87,8 @@ class Attempt:
         staged, final = self.staged(step), step_folder(self.root, step)
         if final.exists():
             raise RunFailed(f"{final} exists, and no checkpoint is ever overwritten; move it away, or start in another dir=")
-        fsync_dir(staged)
         try:
+            fsync_dir(staged)
             os.rename(staged, final)  # onto a folder with anything in it, this fails
         except FileNotFoundError:
             self.check()

@@ -13,6 +13,7 @@ import select
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -87,8 +88,9 @@ class Background:
         self.process.kill()
         self.process.wait()
         for pipe in (self.process.stdin, self.process.stdout):
-            if pipe is not None:
-                pipe.close()
+            with suppress(BrokenPipeError):  # a job that it has never read
+                if pipe is not None:
+                    pipe.close()
         if self.memory is not None:
             self.memory.close()
         os.close(self.fd)

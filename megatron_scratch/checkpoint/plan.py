@@ -37,6 +37,11 @@ def boxes(tensor: torch.Tensor) -> list[tuple[Offset, torch.Tensor]]:
     return [((0,) * tensor.ndim, tensor.detach())]
 
 
+def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """The same numbers as a flat tensor of bytes, where it is."""
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
 @dataclass(frozen=True)
 class Plan:
     """`files`: what this rank writes, by name. `tensors`: the whole checkpoint. `bytes`: of all ranks' tensors."""

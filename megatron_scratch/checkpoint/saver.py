@@ -1,6 +1,8 @@
 """A run's checkpoints, from the moment a save is due to the moment an old one is deleted; at once, or beside training.
 
-    start     the ranks agree on a plan; the folder is made; each rank writes its files (asynchronously: copies them into memory)
+    start     the ranks agree on a plan; the folder is made; each rank writes its files
+              asynchronously: a thread copies them into memory, while the next step computes its gradients (CheckFreq, Mohan et al.,
+              FAST 2021), and another process writes from there; `copied` waits for the copy before anything is updated
     written   every rank has: the main one writes the manifest and renames
     verified  every rank has read its share of the files again: what lies on the disk is what was in memory
     retired   the retention rule is applied
@@ -12,6 +14,7 @@ There is at most one save under way.
 from __future__ import annotations
 
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +27,7 @@ from megatron_scratch.checkpoint import store
 from megatron_scratch.checkpoint.attempt import Attempt
 from megatron_scratch.checkpoint.background import Background, do
 from megatron_scratch.checkpoint.manifest import Manifest, committed
-from megatron_scratch.checkpoint.plan import Plan, Planner, State
+from megatron_scratch.checkpoint.plan import Plan, Planner, State, as_bytes
 from megatron_scratch.checkpoint.shard import ALIGN, header
 from megatron_scratch.config.train import CheckpointConfig
 from megatron_scratch.parallel.collectives import all_reduce_world, gather_json
@@ -70,6 +73,8 @@ class Saver:
         self.verified = set() if verified is None else {verified}
         self.background: Background | None = None
         self.save: _UnderWay | None = None
+        self.copier = ThreadPoolExecutor(1)
+        self.copying: Future[None] | None = None
         self.answer: dict[str, Any] | None = None  # what came of the job, while other ranks are still at theirs
 
     def start(self, step: int, state: State, extra: dict[str, Any]) -> Saved | None:
@@ -84,12 +89,22 @@ class Saver:
         if self.cfg.async_save:
             if self.background is None:
                 self.background = Background()
-            self.background.submit({"write": str(folder), "files": self._copy(plan, state)})
+            self.copying = self.copier.submit(self._hand_over, folder, plan, state, self._event())
             self.save.blocked = time.perf_counter() - began
             return None
         self._commit(store.write(folder, plan, state))
-        self.save.blocked = self.save.seconds
-        return self._retire(do(self._share(), None) if self._worth_verifying() else None)
+        saved = self._retire(do(self._share(), None) if self._worth_verifying() else None)
+        saved.blocked = time.perf_counter() - began
+        return saved
+
+    def copied(self) -> None:
+        """Wait until what is being saved may change. To be called before anything is updated; no message."""
+        if self.copying is not None:
+            began = time.perf_counter()
+            self.copying.result()
+            self.copying = None
+            if self.save is not None:
+                self.save.blocked += time.perf_counter() - began
 
     def poll(self, wait: bool = False) -> Saved | None:
         """Move on the save that is under way, if there is one and every rank is done with its part. The save, once it is over.
@@ -115,6 +130,7 @@ class Saver:
     def _answer(self, wait: bool) -> dict[str, Any] | None:
         """What came of this rank's job, once no rank is still at its own; at once where one has failed."""
         assert self.background is not None
+        self.copied()
         if self.answer is None and (wait or self.background.ready()):
             self.answer = self.background.answer()
         state = 0 if self.answer is None else -1 if "error" in self.answer else 1
@@ -129,6 +145,7 @@ class Saver:
 
     def close(self) -> None:
         """What is under way is dropped."""
+        self.copier.shutdown()
         if self.background is not None:
             self.background.close()
             self.background = None
@@ -175,6 +192,22 @@ class Saver:
         saved.moved_to = Path(moved) if moved else None
         return saved
 
+    def _event(self) -> torch.cuda.Event | None:
+        """After which the copying may begin, on a device that is still computing."""
+        return torch.cuda.current_stream(self.topo.device).record_event() if self.topo.device.type == "cuda" else None
+
+    def _hand_over(self, folder: Path, plan: Plan, state: State, after: torch.cuda.Event | None) -> None:
+        assert self.background is not None
+        if after is None:
+            files = self._copy(plan, state)
+        else:
+            stream = torch.cuda.Stream(self.topo.device)
+            stream.wait_event(after)
+            with torch.cuda.stream(stream):
+                files = self._copy(plan, state)
+            stream.synchronize()
+        self.background.submit({"write": str(folder), "files": files})
+
     def _copy(self, plan: Plan, state: State) -> dict[str, list[int]]:
         """Put this rank's files into the shared memory, as they shall be on disk. Where each lies."""
         assert self.background is not None
@@ -192,8 +225,6 @@ class Saver:
             first = places[name][0]
             memory[first : first + len(head)] = torch.frombuffer(bytearray(head), dtype=torch.uint8)
             for slot, at in zip(slots, begins, strict=True):
-                source = store.as_bytes(views[slot.name, slot.offset])
+                source = as_bytes(views[slot.name, slot.offset])
                 memory[first + at : first + at + slot.bytes].copy_(source, non_blocking=True)
-        if self.topo.device.type == "cuda":
-            torch.cuda.synchronize(self.topo.device)
         return places

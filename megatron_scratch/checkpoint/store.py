@@ -6,21 +6,18 @@ than it trains, and each writes and hashes its share.
 
 from __future__ import annotations
 
-import hashlib
-import math
 import shutil
-from collections import defaultdict
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from megatron_scratch.checkpoint import manifest as manifests
+from megatron_scratch.checkpoint import reading
 from megatron_scratch.checkpoint.attempt import Attempt
-from megatron_scratch.checkpoint.manifest import Chunk, CorruptCheckpoint, File, Manifest, check_file
-from megatron_scratch.checkpoint.plan import Offset, Plan, Planner, State, boxes
+from megatron_scratch.checkpoint.manifest import CorruptCheckpoint, File, Manifest
+from megatron_scratch.checkpoint.plan import Offset, Plan, Planner, State, as_bytes, boxes
 from megatron_scratch.checkpoint.shard import Slot, header, write_file
 from megatron_scratch.parallel.collectives import gather_json
 from megatron_scratch.parallel.topology import Topology
@@ -75,11 +72,6 @@ def _contents(slots: list[Slot], views: Views) -> Iterator[memoryview]:
     yield memoryview(header(slots)[0])
     for slot in slots:
         yield memoryview(as_bytes(views[slot.name, slot.offset]).cpu().numpy())
-
-
-def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
-    """The same numbers as a flat tensor of bytes, where it is."""
-    return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
 def views_of(state: State) -> Views:
@@ -151,56 +143,8 @@ def load(folder: Path, manifest: Manifest, state: State, topo: Topology, only: s
                             f"{list(state[name].shape)} in this run")  # fmt: skip
     problem = ""
     try:
-        _fill(folder, manifest, state)
+        reading.fill(folder, manifest, state)
     except CorruptCheckpoint as error:
         problem = str(error)
     if problem := next((found for found in gather_json(problem, topo) if found), ""):
         raise CorruptCheckpoint(problem)
-
-
-def _fill(folder: Path, manifest: Manifest, state: State) -> None:
-    """Read every file that holds something of this rank's boxes, once; the next is read and hashed while one is copied."""
-    wanted: dict[str, list[tuple[Chunk, torch.dtype, torch.Tensor, tuple[slice, ...]]]] = defaultdict(list)
-    for name, tensor in state.items():
-        for offset, view in boxes(tensor):
-            for chunk in manifest.tensors[name].chunks:
-                if overlap := _overlap(chunk, offset, tuple(view.shape)):
-                    inside, place = overlap
-                    wanted[chunk.file].append((chunk, tensor.dtype, view[place], inside))
-    with ThreadPoolExecutor(1) as ahead:
-        files = sorted(wanted)
-        reads = [ahead.submit(read_verified, folder / name, manifest.files[name]) for name in files[:1]]
-        for number, name in enumerate(files):
-            content = reads.pop().result()
-            reads += [ahead.submit(read_verified, folder / n, manifest.files[n]) for n in files[number + 1 : number + 2]]
-            for chunk, dtype, target, inside in wanted.pop(name):
-                numbers = torch.frombuffer(content, dtype=dtype, count=math.prod(chunk.shape), offset=chunk.at)
-                target.copy_(numbers.view(chunk.shape)[inside])
-
-
-def _overlap(chunk: Chunk, offset: Offset, shape: Offset) -> tuple[tuple[slice, ...], tuple[slice, ...]] | None:
-    """What a chunk and a box have in common, as slices of the chunk and of the box."""
-    inside, place = [], []
-    for begin, size, start, length in zip(chunk.offset, chunk.shape, offset, shape, strict=True):
-        low, high = max(begin, start), min(begin + size, start + length)
-        if low >= high:
-            return None
-        inside.append(slice(low - begin, high - begin))
-        place.append(slice(low - start, high - start))
-    return tuple(inside), tuple(place)
-
-
-def read_verified(path: Path, want: File) -> bytearray:
-    """A file's bytes, if they are the bytes that were written."""
-    content = bytearray(want.bytes)
-    digest, done = hashlib.sha256(), 0
-    try:
-        with open(path, "rb", buffering=0) as f:
-            while got := f.readinto(memoryview(content)[done : done + manifests.CHUNK]):
-                digest.update(memoryview(content)[done : done + got])
-                done += got
-            done += len(f.read(1))
-    except OSError as error:
-        raise CorruptCheckpoint(f"{path}: {error.strerror}") from error
-    check_file(path, want, done, digest.hexdigest())
-    return content

@@ -14,6 +14,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from megatron_scratch import registry
 from megatron_scratch.config.schema import Config
@@ -89,6 +90,10 @@ def load_file(path: Path) -> Config:
         return to_config(OmegaConf.load(path))  # type: ignore[arg-type]
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist; give the folder of a run") from error
+    except (ValueError, YAMLError, AttributeError) as error:  # bytes that are no text, text that is no YAML, YAML that is no config
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path} is not a config that a run has written ({_one_line(error, [])[:200]}); restore it") from error
 
 
 def parse_args(schema: type, words: list[str], positional: str) -> Any:

@@ -9,6 +9,7 @@ from megatron_scratch import registry
 from megatron_scratch.config.attention import check_attention
 from megatron_scratch.config.data import CorpusConfig, DataConfig, check_corpus, check_data
 from megatron_scratch.config.engine import EngineConfig, check_engine, check_reduction, replicas
+from megatron_scratch.config.fault import FaultConfig, check_fault, check_replicas
 from megatron_scratch.config.model import ModelConfig, check_model
 from megatron_scratch.config.optim import OptimConfig, ScheduleConfig, check_optim, check_schedule
 from megatron_scratch.config.pipeline import check_pipeline
@@ -23,6 +24,7 @@ from megatron_scratch.config.train import (
     ParityConfig,
     TrainConfig,
     check_batch,
+    check_canonical,
     check_checkpoint,
     check_parallel,
     check_tensor,
@@ -48,6 +50,7 @@ class Config:
     schedule: Any = field(default_factory=ScheduleConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    fault: FaultConfig = field(default_factory=FaultConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     launcher: LauncherConfig = field(default_factory=LauncherConfig)
     corpus: CorpusConfig = field(default_factory=CorpusConfig)
@@ -64,6 +67,7 @@ def check(cfg: Config, world: int, nodes: int = 1) -> None:
     check_optim(cfg.optim)
     check_schedule(cfg.schedule, cfg.train.steps)
     check_checkpoint(cfg.checkpoint)
+    check_fault(cfg.fault, cfg.train.steps, cfg.checkpoint.every)
     check_corpus(cfg.corpus)
     for section in ("engine", "precision", "logging", "launcher"):
         choice(section, getattr(cfg, section).name, registry.names(section))
@@ -73,11 +77,13 @@ def check(cfg: Config, world: int, nodes: int = 1) -> None:
                         f"give launcher.processes={-(-world // model_ranks) * model_ranks}, or leave it out")  # fmt: skip
     dp = world // model_ranks
     check_batch(cfg.train, dp)
+    check_canonical(cfg.train, cfg.parallel, cfg.engine.name, dp)
     check_engine(cfg.engine, cfg.precision.name, cfg.optim, cfg.parallel.tp, cfg.parallel.pp, cfg.train.compile)
     check_pipeline(cfg.parallel, cfg.model.num_layers, microbatches(cfg.train, dp), cfg.train.compile)
     check_precision(cfg.precision, cfg.engine.name, dp, cfg.parallel, cfg.model, cfg.train.micro_batch_size * cfg.train.seq_len)
     check_recompute(cfg.parallel, cfg.model, cfg.engine.name, cfg.train.compile)
     check_reduction(cfg.engine, dp)
+    check_replicas(cfg.fault, cfg.engine.name, dp)
     replicas(cfg.engine, dp, nodes)
     check_tensor(cfg.model, cfg.train, cfg.parallel)
     if cfg.train.seq_len > cfg.model.max_seq_len:

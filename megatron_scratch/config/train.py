@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Optional
 
 from megatron_scratch.config.model import VOCAB_MULTIPLE, ModelConfig
+from megatron_scratch.config.remote import check_url
 from megatron_scratch.util.errors import UserError
 
 
@@ -66,6 +67,7 @@ class CheckpointConfig:
     keep_every: int = 0  # steps that are kept for ever; 0: none
     async_save: bool = False  # training goes on while another process writes; costs memory for one copy of this rank's share
     resume: str = "auto"  # auto: the newest in the run directory | never | PATH of a run or of one checkpoint
+    remote: Optional[str] = None  # s3://bucket/prefix, gs://..., file:///...: checkpoints are brought there beside training
 
 
 @dataclass
@@ -194,3 +196,5 @@ def check_checkpoint(c: CheckpointConfig) -> None:
     for key in ("every", "keep_last", "keep_every"):
         if getattr(c, key) < 0:
             raise UserError(f"checkpoint.{key}={getattr(c, key)} must not be negative")
+    if c.remote is not None:
+        check_url("checkpoint.remote", c.remote)

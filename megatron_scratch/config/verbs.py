@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Optional
 
-from megatron_scratch.util.errors import UserError
+from megatron_scratch.util.errors import UserError, choice
+
+HF_DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}  # theirs -> our precision
 
 
 @dataclass
@@ -58,3 +60,91 @@ class GenerateArgs:
             raise UserError(f"top_k={self.top_k} must be at least 1, or null")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise UserError(f"top_p={self.top_p} must be in (0, 1], or null")
+
+
+@dataclass
+class CkptLsArgs:
+    """`ckpt ls RUN`: a run, a folder of checkpoints, or a URL."""
+
+    run: str = ""
+    verify: bool = False  # read every file
+    json: bool = False  # a line of JSON for each instead of a table
+
+    def check(self) -> None:
+        _given(self.run, "ls RUN")
+
+
+@dataclass
+class CkptInspectArgs:
+    """`ckpt inspect RUN`: a checkpoint, the newest of a run, or a URL of either."""
+
+    run: str = ""
+    tensor: Optional[str] = None  # show this one: its chunks, and statistics of its numbers
+
+    def check(self) -> None:
+        _given(self.run, "inspect RUN [tensor=NAME]")
+
+
+@dataclass
+class CkptVerifyArgs:
+    """`ckpt verify RUN`: one checkpoint, all of a run, or a URL of either."""
+
+    run: str = ""
+
+    def check(self) -> None:
+        _given(self.run, "verify RUN")
+
+
+@dataclass
+class CkptDiffArgs:
+    """`ckpt diff A B`: two checkpoints, or the newest of two runs."""
+
+    a: str = ""
+    b: str = ""
+    tolerance: float = 0.0  # relative to the largest number of a tensor; 0: bitwise
+
+    def check(self) -> None:
+        _given(self.a and self.b, "diff A B")
+        if not 0 <= self.tolerance < float("inf"):
+            raise UserError(f"tolerance={self.tolerance} must be 0 (bitwise) or more")
+
+
+def _given(where: str, usage: str) -> None:
+    if not where:
+        raise UserError(f"give the checkpoint: `megatron-scratch ckpt {usage}`")
+
+
+@dataclass
+class ExportArgs:
+    """`ckpt export-hf RUN OUT`: a checkpoint as a folder for transformers."""
+
+    run: str = ""
+    out: str = ""
+    step: Optional[int] = None  # None: the newest valid one
+    dtype: str = "float32"  # of the weights: float32 | bfloat16 | float16
+    shard_gb: float = 5.0  # 10^9 bytes of weights in a file, at most
+    tokenizer: bool = True
+
+    def check(self) -> None:
+        """Refuse settings that mean nothing."""
+        if not self.run or not self.out:
+            raise UserError("give the run and the new folder: `megatron-scratch ckpt export-hf RUN OUT [dtype=bfloat16]`")
+        choice("dtype", self.dtype, HF_DTYPES)
+        if not 0 < self.shard_gb < float("inf"):
+            raise UserError(f"shard_gb={self.shard_gb} must be above 0")
+
+
+@dataclass
+class ImportArgs:
+    """`ckpt import-hf SRC OUT`: a folder of transformers as a run directory."""
+
+    src: str = ""
+    out: str = ""
+    dtype: str = "float32"  # that the run computes in; its master weights are fp32 in any case
+    fused_qkv: bool = True  # false: q, k and v apart, as a tp beyond the number of key/value heads needs them
+
+    def check(self) -> None:
+        """Refuse settings that mean nothing."""
+        if not self.src or not self.out:
+            raise UserError("give the model's folder and the new run directory: `megatron-scratch ckpt import-hf SRC OUT`")
+        choice("dtype", self.dtype, HF_DTYPES)

@@ -63,13 +63,15 @@ class Loader:
     Args:
         dataset: `GPTDataset`, `Blend` or `EvalWindows`: anything with `[k] -> Sample` and `locate(k)`.
         vocab_size: ids are checked against it in every batch; None: no check.
+        contiguous: a rank's microbatches follow each other, from first + r n B for n of them, as `train.canonical_reduction` needs.
     """
 
     def __init__(self, dataset: Any, micro_batch_size: int, dp_rank: int = 0, dp_size: int = 1, *, mask_documents: bool = False,
-                 mask_eod: bool = True, vocab_size: int | None = None):  # fmt: skip
+                 mask_eod: bool = True, vocab_size: int | None = None, contiguous: bool = False):  # fmt: skip
         assert 0 <= dp_rank < dp_size and micro_batch_size > 0
         self.dataset, self.micro, self.dp_rank, self.dp_size = dataset, micro_batch_size, dp_rank, dp_size
         self.mask_documents, self.mask_eod, self.vocab_size = mask_documents, mask_eod, vocab_size
+        self.contiguous = contiguous
 
     def microbatches(self, first_sample: int, global_batch_size: int) -> Iterator[Batch]:
         """This rank's microbatches of one step, in order. The next step begins at first_sample + global_batch_size."""
@@ -77,8 +79,9 @@ class Loader:
         if global_batch_size % unit:
             raise UserError(f"train.global_batch_size={global_batch_size} is not divisible by train.micro_batch_size={self.micro} "
                             f"x data-parallel size {self.dp_size}; allowed: multiples of {unit}")  # fmt: skip
-        for m in range(global_batch_size // unit):
-            yield self.batch(first_sample + (m * self.dp_size + self.dp_rank) * self.micro)
+        count, rank, ranks = global_batch_size // unit, self.dp_rank, self.dp_size
+        for number in range(rank * count, (rank + 1) * count) if self.contiguous else range(rank, count * ranks, ranks):
+            yield self.batch(first_sample + number * self.micro)
 
     def batch(self, first: int) -> Batch:
         """Samples [first, first + B) as one batch."""

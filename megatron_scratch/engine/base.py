@@ -31,8 +31,13 @@ class Parts:
 
 
 class Engine(Protocol):
-    """Six methods, and three more of those that can hold the stages of a pipeline (`Staged`). The training step knows nothing else
-    of how a model is sharded."""
+    """Eight methods, and three more of those that can hold the stages of a pipeline (`Staged`). The training step knows nothing
+    else of how a model is sharded.
+
+    A step is `forward` and `backward` inside `microbatch`, then `norm`, then one of `update` and `drop`.
+    """
+
+    copies: str  # the axis over which ranks hold the same parameters and optimizer state: "dp", "replicate" (hsdp's), "": none
 
     def forward(self, *args: Any) -> torch.Tensor:
         """The model's forward, with whatever the engine wraps around it."""
@@ -44,21 +49,28 @@ class Engine(Protocol):
     def backward(self, loss: torch.Tensor) -> None:
         """Accumulate gradients. `loss` is this rank's sum divided by the *global* token count: gradients add up over dp."""
 
-    def step(self, lr: float, scale: float | None = None) -> torch.Tensor:
-        """Clip, update, drop the gradients. Returns the global gradient norm before clipping, on the device.
+    def norm(self, scale: float | None = None) -> torch.Tensor:
+        """The global gradient norm, a scalar on the device; collective, and once a step.
 
-        `scale` is what the loss was multiplied by: gradients are divided by it first. Given one, the norm is on the host, and where
-        it is not finite nothing is updated, on any rank; this is the one wait for the device. None: neither.
+        `scale` is what the loss was multiplied by: gradients are divided by it first. A number that is not finite in any rank's
+        gradients makes the norm of at least that rank not finite.
         """
 
+    def update(self, lr: float, norm: torch.Tensor) -> None:
+        """Clip gradients that have this norm, update, drop the gradients."""
+
+    def drop(self) -> None:
+        """Drop the gradients. Weights, optimizer state and its counters stay as if the step had never been."""
+
     def state(self) -> dict[str, Any]:
-        """The live tensors: `model.NAME` and `optim.NAME.KEY`, and between the last microbatch and the step `grad.NAME`.
+        """The live tensors: `model.NAME` and `optim.NAME.KEY`, and between the last microbatch and `update` or `drop` `grad.NAME`.
 
         A DTensor, or `parallel.pieces.Pieces`, where a rank holds a part; a plain tensor where it holds all.
         """
 
     def load(self, shapes: Shapes, fill: Callable[[dict[str, Any]], None]) -> None:
-        """Make room for the optimizer state that a checkpoint holds, have `fill` write into `state()`, and take it over."""
+        """Make room for the optimizer state that a checkpoint holds, and for no other, have `fill` write into `state()`, and take
+        it over. Between steps, at any time."""
 
 
 class Staged(Engine, Protocol):

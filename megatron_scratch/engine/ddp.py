@@ -44,17 +44,13 @@ class DDPEngine(TorchEngine):
         self.of_stage = [list(core.parameters()) for core in parts.cores]
         self.sums: list[tuple[dist.Work, torch.Tensor, list[torch.Tensor]]] = []
         super().__init__(layouts, parts)
-        self._keep_copies()
+        self._changed()
 
-    def _keep_copies(self) -> None:
+    def _changed(self) -> None:
         """A pipeline's microbatches share the weights that they compute with, until these change."""
+        super()._changed()
         if self.topo.size("pp") > 1:
             keep_copies(p for parameters in self.of_stage for p in parameters)
-
-    def step(self, lr: float, scale: float | None = None) -> torch.Tensor:
-        norm = super().step(lr, scale)
-        self._keep_copies()
-        return norm
 
     def forward(self, *args: Any) -> torch.Tensor:
         return self.calls[0](*args)  # type: ignore[no-any-return]

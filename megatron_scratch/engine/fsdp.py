@@ -31,6 +31,8 @@ class FSDPEngine(TorchEngine):
     by hooks of backward, which fire before a schedule's separate weight gradients are there.
     """
 
+    copies = "replicate"
+
     def __init__(self, cfg: FSDPConfig, parts: Parts) -> None:
         topo = parts.topo
         table = {name: layout for core in parts.cores for name, layout in layouts(core).items()}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,7 +16,7 @@ from megatron_scratch.parallel.layout import Layout, local
 
 
 class TorchEngine:
-    """Four of an engine's six methods, and `finish_gradients`; how gradients come about is its subclasses'.
+    """Six of an engine's eight methods, and `finish_gradients`; how gradients come about is its subclasses'.
 
     The optimizer works on plain tensors that share their memory with the parameters: its kernels are elementwise, know nothing of
     DTensors (torch has no sharding rule for most fused ones), and skip their dispatch. The outside sees parts of global tensors.
@@ -29,12 +28,14 @@ class TorchEngine:
         layouts: name -> how each parameter lies over tp.
     """
 
+    copies = "dp"
+
     def __init__(self, layouts: Mapping[str, Layout], parts: Parts) -> None:
         self.layouts, self.topo, self.clip, self.tied = layouts, parts.topo, parts.clip, parts.tied
         self.named: dict[str, nn.Parameter] = {}  # a DTensor, or this rank's plain part
-        self.copies: dict[str, nn.Parameter] = {}
+        self.twins: dict[str, nn.Parameter] = {}
         for name, parameter in (pair for core in parts.cores for pair in core.named_parameters()):
-            (self.copies if name in self.named else self.named)[name] = parameter
+            (self.twins if name in self.named else self.named)[name] = parameter
         self.plain = {name: nn.Parameter(local(p.detach())) for name, p in self.named.items()}
         self.optimizer = parts.make_optimizer(self.plain)
 
@@ -43,10 +44,10 @@ class TorchEngine:
 
     def finish_gradients(self) -> None:
         """Add up what the two ends of a pipeline share, and over tp what is partial, in one message."""
-        for name, copy in self.copies.items():
-            local(self.named[name].grad).add_(local(copy.grad))
-            copy.grad = None
-        if self.tied in self.named and not self.copies:  # by another rank too, the one at the other end
+        for name, twin in self.twins.items():
+            local(self.named[name].grad).add_(local(twin.grad))
+            twin.grad = None
+        if self.tied in self.named and not self.twins:  # by another rank too, the one at the other end
             gradient = local(self.named[self.tied].grad)
             gradient.add_(swap(gradient, self.topo, "pp", self.topo.size("pp") - 1 - self.topo.index("pp")))
         grads = [p.grad for name, p in self.named.items() if self.layouts[name].partial and p.grad is not None]
@@ -65,28 +66,28 @@ class TorchEngine:
         mesh, placements = parameter.device_mesh, parameter.placements
         return DTensor.from_local(tensor, mesh, placements, run_check=False, shape=parameter.shape, stride=parameter.stride())
 
-    def step(self, lr: float, scale: float | None = None) -> torch.Tensor:
+    def norm(self, scale: float | None = None) -> torch.Tensor:
         gradients = self._gradients()
         if scale is not None and gradients:
             torch._foreach_mul_([local(g) for g in gradients.values()], 1.0 / scale)
-        norm = global_norm(self._counted(gradients), self.topo)
-        shown = norm if scale is None else norm.cpu()
-        if scale is None or math.isfinite(shown.item()):
-            self._update(gradients, norm, lr)
-        for parameter in (*self.named.values(), *self.plain.values()):
-            parameter.grad = None
-        return shown
+        return global_norm(self._counted(gradients), self.topo)
 
-    def _update(self, gradients: dict[str, torch.Tensor], norm: torch.Tensor, lr: float) -> None:
-        if self.clip > 0:
+    def update(self, lr: float, norm: torch.Tensor) -> None:
+        gradients = {name: local(p.grad) for name, p in self.named.items() if p.grad is not None}
+        if self.clip > 0 and gradients:
             clip_(list(gradients.values()), norm, self.clip)
         for name, plain in self.plain.items():
             plain.data = local(self.named[name].detach())  # FSDP may move a part before its first forward
-            plain.grad = local(gradients[name]) if name in gradients else None
+            plain.grad = gradients.get(name)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
         self.optimizer.step()
-        self._update_copies()
+        self._changed()
+        self.drop()
+
+    def drop(self) -> None:
+        for parameter in (*self.named.values(), *self.plain.values()):
+            parameter.grad = None
 
     def state(self) -> dict[str, Any]:
         out: dict[str, Any] = {}
@@ -97,9 +98,10 @@ class TorchEngine:
         return out | {f"grad.{name}": g for name, g in self._gradients().items()}
 
     def load(self, shapes: Shapes, fill: Callable[[dict[str, Any]], None]) -> None:
+        self.optimizer.state.clear()  # a run that goes back may hold more than the checkpoint does
         self._allocate(shapes)
         fill(self.state())
-        self._update_copies()
+        self._changed()
 
     def _counted(self, gradients: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
         """Those that go into the norm: of a tied parameter the first stage's."""
@@ -107,9 +109,10 @@ class TorchEngine:
         return [g for name, g in gradients.items() if name != elsewhere]
 
     @torch.no_grad()
-    def _update_copies(self) -> None:
-        for name, copy in self.copies.items():
-            local(copy).copy_(local(self.named[name]))
+    def _changed(self) -> None:
+        """After weights were written: what is made of them follows."""
+        for name, twin in self.twins.items():
+            local(twin).copy_(local(self.named[name]))
 
     def _allocate(self, shapes: Shapes) -> None:
         """Zeros for every `optim.NAME.KEY`: laid out as the parameter where the shapes agree, else a plain tensor (counters)."""
@@ -119,8 +122,7 @@ class TorchEngine:
                 continue
             plain = self.plain[name]
             state: dict[str, Any] = self.optimizer.state[plain]
-            if key not in state:
-                if self.layouts[name].shape == shape:
-                    state[key] = torch.zeros_like(plain, dtype=dtype)
-                else:  # fused kernels want their step counters beside the parameter
-                    state[key] = torch.zeros(shape, dtype=dtype, device=plain.device)
+            if self.layouts[name].shape == shape:
+                state[key] = torch.zeros_like(plain, dtype=dtype)
+            else:  # fused kernels want their step counters beside the parameter
+                state[key] = torch.zeros(shape, dtype=dtype, device=plain.device)

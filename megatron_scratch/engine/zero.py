@@ -49,6 +49,8 @@ STAGES = {"zero1": 1, "zero2": 2, "zero3": 3}
 class ZeroEngine:
     """DeepSpeed's engine behind ours; `cfg.name` says which stage."""
 
+    copies = ""  # of what `state` shows: masters and optimizer state, which every stage cuts
+
     def __init__(self, cfg: ZeroConfig, parts: Parts) -> None:
         _refuse(cfg.name, parts)
         deepspeed = import_deepspeed(cfg.name, parts.topo.device)
@@ -66,7 +68,7 @@ class ZeroEngine:
         self.wrapped = _initialize(deepspeed, parts.models[0], self.optimizer, parts.topo, _config(cfg, stage, parts))
         self.owned = (Stage3 if stage == 3 else Stage12)(self.wrapped.optimizer, named)
         self.scale = parts.topo.size("dp") if stage == 3 else 1  # stage 3 averages over dp, and cannot be told to sum
-        self.reduced = False  # whether gradients are whole: from the last microbatch to the step
+        self.reduced = False  # whether gradients are whole: from the last microbatch to `update` or `drop`
         for name, value in initial.items():  # DeepSpeed has taken its masters from weights that it had rounded
             part = self.owned.parts[name]
             part.of(self.owned.flats[part.group]).copy_(value.flatten()[part.start : part.start + part.numel])
@@ -86,26 +88,29 @@ class ZeroEngine:
     def backward(self, loss: torch.Tensor) -> None:
         self.wrapped.backward(loss * self.scale, scale_wrt_gas=False)
 
-    def step(self, lr: float, scale: float | None = None) -> torch.Tensor:
+    @torch.no_grad()
+    def norm(self, scale: float | None = None) -> torch.Tensor:
         assert scale is None, "config refuses precision=fp16 here"
-        gradients = self.owned.gradients()
-        norm = self._norm(gradients)
-        if self.clip > 0 and gradients:
-            held = list(gradients.values())
+        gradients, total = self.owned.gradients(), torch.zeros((), device=self.topo.device)
+        for counts in (True, False):
+            if parts := [g for name, g in gradients.items() if self._counts(name) == counts]:
+                squares = torch.stack(torch._foreach_norm(parts, 2, dtype=torch.float32)).square().sum().to(total.device)
+                total += squares if counts else 0.0 * squares  # 0, and not a number where one of them is not finite
+        return all_reduce_world(total, self.topo).sqrt()
+
+    def update(self, lr: float, norm: torch.Tensor) -> None:
+        held = list(self.owned.gradients().values())
+        if self.clip > 0 and held:
             clip_(held, norm.to(held[0].device), self.clip)  # which is not the norm's where the optimizer is offloaded
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
         self.wrapped.step()
         self.reduced = False
-        return norm
 
-    @torch.no_grad()
-    def _norm(self, gradients: dict[str, torch.Tensor]) -> torch.Tensor:
-        counted = [g for name, g in gradients.items() if self._counts(name)]
-        total = torch.zeros((), device=self.topo.device)
-        if counted:
-            total += torch.stack(torch._foreach_norm(counted, 2, dtype=torch.float32)).square().sum().to(total.device)
-        return all_reduce_world(total, self.topo).sqrt()
+    def drop(self) -> None:
+        with self.owned.overflowed():
+            self.wrapped.step()
+        self.reduced = False
 
     def _counts(self, name: str) -> bool:
         """Whether this rank's range of a parameter is the one to count: all of them where tp cuts it, one where tp copies it."""
@@ -130,6 +135,7 @@ class ZeroEngine:
                                self.topo.device, self._counts(name))  # fmt: skip
 
     def load(self, shapes: Shapes, fill: Callable[[dict[str, Any]], None]) -> None:
+        self.optimizer.state.clear()  # a run that goes back may hold more than the checkpoint does
         for full, (shape, dtype) in shapes.items():
             name, _, key = full.removeprefix("optim.").rpartition(".")
             if full.startswith("optim.") and name in self.layouts:

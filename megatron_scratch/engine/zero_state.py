@@ -7,7 +7,8 @@ cuts every parameter (a rank owns a range of each). Written for DeepSpeed 0.19.8
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,21 @@ class Part:
 
     def of(self, flat: torch.Tensor) -> torch.Tensor:
         return flat.detach().narrow(0, self.place, self.numel)
+
+
+@contextmanager
+def _overflowed(zero: Any, check: str) -> Iterator[None]:
+    """While inside, DeepSpeed's `step` finds that gradients have overflowed: it drops them, resets what counts microbatches and
+    updates nothing. Its loss scaler is a constant here. `check` is the method that looks."""
+
+    def found(*args: Any, **kwargs: Any) -> None:
+        zero.overflow = True
+
+    setattr(zero, check, found)  # before the class's own
+    try:
+        yield
+    finally:
+        delattr(zero, check)
 
 
 class Stage12:
@@ -51,6 +67,16 @@ class Stage12:
         owned = [(name, p) for name, p in self.named.items() if self.parts[name].numel]
         return {name: p._hp_mapping.get_lp_grad_fragment(p._index_in_param_group).view(-1) for name, p in owned}
 
+    @contextmanager
+    def overflowed(self) -> Iterator[None]:
+        """DeepSpeed's step inside drops the gradients."""
+        checks, self.zero.check_grad_overflow = self.zero.check_grad_overflow, True
+        with _overflowed(self.zero, "check_overflow"):
+            yield
+        self.zero.check_grad_overflow = checks
+        # Where the optimizer is offloaded, DeepSpeed 0.19.8 keeps its fp32 sums of bf16 gradients, and adds the next step's on.
+        self.zero.averaged_gradients.update(dict.fromkeys(self.zero.averaged_gradients))  # the dictionary has other holders
+
     def publish(self) -> None:
         """Bring the weights that compute up to date with the masters; collective."""
         self.zero.update_lp_params()
@@ -73,6 +99,10 @@ class Stage3:
         """This rank's reduced gradients, flat; in place. Between the last microbatch and the step."""
         grads = {n: self.zero._get_fp32_grad_state_partition(p, release_swap_buffers=True)[0] for n, p in self.named.items()}
         return {name: grad[: self.parts[name].numel] for name, grad in grads.items() if self.parts[name].numel}
+
+    def overflowed(self) -> AbstractContextManager[None]:
+        """DeepSpeed's step inside drops the gradients."""
+        return _overflowed(self.zero, "_overflow_check_and_loss_scale_update")
 
     def publish(self) -> None:
         """Bring the weights that compute up to date with the masters; collective."""

@@ -2,6 +2,7 @@
 
 A family is one entry of kind `hf`: its names, the config values it can express, and two functions for config.json. Between
 the two worlds stands our own state with separate q, k and v; `split_qkv` and `fuse_qkv` do the grouping by key/value head.
+A whole state is converted at once, or group by group (`groups`), so that a model of any size needs the memory of a few tensors.
 
 Legend: O features out, I features in, G key/value heads, R query heads per key/value head, K features of a head.
 """
@@ -16,10 +17,12 @@ from typing import Any
 import torch
 
 from megatron_scratch import registry
-from megatron_scratch.config.model import ModelConfig, RopeConfig
+from megatron_scratch.config.model import ModelConfig
+from megatron_scratch.models.hf_config import read_gpt2, read_llama, write_gpt2, write_llama
 from megatron_scratch.util.errors import UserError, choice
 
 State = dict[str, torch.Tensor]
+Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,14 @@ class Family:
     skip: str = field(default=r"rotary_emb\.inv_freq$")
 
 
+@dataclass(frozen=True)
+class Group:
+    """The same numbers under our names and under theirs, as name -> shape: what can be converted without the rest."""
+
+    ours: Mapping[str, Shape]
+    theirs: Mapping[str, Shape]
+
+
 def family_of(cfg: ModelConfig) -> Family:
     """The first family that can express a config, or a `UserError` that says what stands in the way of each."""
     reasons = []
@@ -67,7 +78,7 @@ def to_hf(state: Mapping[str, torch.Tensor], cfg: ModelConfig) -> State:
         if name in ("embed.weight", "head.weight"):
             tensor = tensor[: cfg.vocab_size]
         out[_rename(name, family)] = tensor
-    if cfg.tie_embeddings:
+    if cfg.tie_embeddings and "embed.weight" in separate:
         out[_rename("head.weight", family)] = out[_rename("embed.weight", family)]
     return _pack(out, family)
 
@@ -78,20 +89,60 @@ def from_hf(state: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> tup
     Raises:
         UserError: an architecture, an option or a tensor that has no place here.
     """
+    cfg = read_config(config)
+    return cfg, to_ours(state, cfg)
+
+
+def read_config(config: Mapping[str, Any]) -> ModelConfig:
+    """Their config.json as our `model` section."""
     choice("config.json: model_type", config.get("model_type"), registry.names("hf"))
     family: Family = registry.get("hf", str(config["model_type"]))  # type: ignore[assignment]
-    cfg = family.read_config(config)
+    return family.read_config(config)
+
+
+def to_ours(state: Mapping[str, torch.Tensor], cfg: ModelConfig) -> State:
+    """Their state_dict, or that of some whole groups, as ours."""
+    family, out = family_of(cfg), dict[str, torch.Tensor]()
     back = {theirs: ours for ours, theirs in family.names.items()}
-    out: State = {}
-    for name, tensor in _unpack(state, family).items():
-        if re.search(family.skip, name) or (cfg.tie_embeddings and name == _rename("head.weight", family)):
+    for name, tensor in _unpack(state, family, cfg).items():
+        if is_surplus(name, cfg):
             continue
         ours = _rename_back(name, family, back)
         tensor = tensor.float()
         if ours in ("embed.weight", "head.weight"):
             tensor = torch.cat((tensor, tensor.new_zeros(cfg.padded_vocab - tensor.shape[0], tensor.shape[1])))
         out[ours] = tensor
-    return cfg, fuse_qkv(out, cfg) if cfg.fused_qkv else out
+    return fuse_qkv(out, cfg) if cfg.fused_qkv else out
+
+
+def groups(shapes: Mapping[str, Shape], cfg: ModelConfig) -> list[Group]:
+    """A model's parameters (our names), cut into the smallest parts that can be converted alone, in their order.
+
+    q, k and v of a layer go together, as either side may hold them in one tensor. A tied head is not among theirs.
+    """
+    parts: dict[str, State] = {}
+    for name, shape in shapes.items():
+        key = re.sub(r"\.attention\.(q|k|v|qkv)\.", ".attention.*.", name)
+        parts.setdefault(key, {})[name] = torch.empty(shape, device="meta")
+    return [Group(_shapes(part), {n: s for n, s in _shapes(to_hf(part, cfg)).items() if not is_surplus(n, cfg)})
+            for part in parts.values()]  # fmt: skip
+
+
+def _shapes(state: State) -> dict[str, Shape]:
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
+
+
+def full_name(name: str, cfg: ModelConfig) -> str:
+    """A tensor's name as `state_dict` has it: GPT-2's own files lack the prefix `transformer.`."""
+    family = family_of(cfg)
+    root = family.prefix.partition(".")[0]
+    return name if family.packed is None or name.startswith((f"{root}.", "lm_head.")) else f"{root}.{name}"
+
+
+def is_surplus(name: str, cfg: ModelConfig) -> bool:
+    """Whether a tensor of theirs says nothing: buffers of old checkpoints, the head where it is the embedding."""
+    family = family_of(cfg)
+    return bool(re.search(family.skip, name)) or (cfg.tie_embeddings and name == _rename("head.weight", family))
 
 
 def hf_config(cfg: ModelConfig) -> dict[str, Any]:
@@ -154,13 +205,13 @@ def _pack(state: State, family: Family) -> State:
     return {name: _transpose(name, tensor, family) for name, tensor in out.items()}
 
 
-def _unpack(state: Mapping[str, torch.Tensor], family: Family) -> State:
-    """The inverse of `_pack`; GPT-2's own files lack the prefix `transformer.`."""
+def _unpack(state: Mapping[str, torch.Tensor], family: Family, cfg: ModelConfig) -> State:
+    """The inverse of `_pack`."""
     if family.packed is None:
         return dict(state)
     out: State = {}
     for name, tensor in state.items():
-        name = name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
+        name = full_name(name, cfg)
         tensor = _transpose(name, tensor, family)
         module, _, kind = name.rpartition(".")
         if module.endswith(f".{family.packed}"):
@@ -176,80 +227,6 @@ def _transpose(name: str, tensor: torch.Tensor, family: Family) -> torch.Tensor:
     return tensor.t().contiguous() if kind == "weight" and module.endswith(family.transposed) else tensor
 
 
-_ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "silu": "silu", "swish": "silu"}
-
-
-def _read_gpt2(c: Mapping[str, Any]) -> ModelConfig:
-    choice("config.json: activation_function", c.get("activation_function", "gelu_new"), _ACTIVATIONS)
-    for key in ("scale_attn_by_inverse_layer_idx", "add_cross_attention"):
-        if c.get(key):
-            raise UserError(f"config.json: {key}=true is not known here; allowed: false")
-    return ModelConfig(
-        vocab_size=c["vocab_size"], num_layers=c["n_layer"], hidden_size=c["n_embd"], num_heads=c["n_head"],
-        ffn_size=c.get("n_inner") or 4 * c["n_embd"], max_seq_len=c["n_positions"], position="learned",
-        norm="layernorm", norm_eps=c.get("layer_norm_epsilon", 1e-5),
-        mlp=_ACTIVATIONS[c.get("activation_function", "gelu_new")], bias=True, tie_embeddings=c.get("tie_word_embeddings", True),
-        dropout=c.get("resid_pdrop", 0.1), init_std=c.get("initializer_range", 0.02),
-    )  # fmt: skip
-
-
-def _write_gpt2(m: ModelConfig) -> dict[str, Any]:
-    activation = next(theirs for theirs, ours in _ACTIVATIONS.items() if ours == m.mlp)
-    return {"n_layer": m.num_layers, "n_embd": m.hidden_size, "n_head": m.num_heads, "n_inner": m.ffn, "n_positions": m.max_seq_len,
-            "activation_function": activation, "layer_norm_epsilon": m.norm_eps, "resid_pdrop": m.dropout,
-            "embd_pdrop": m.dropout, "attn_pdrop": m.dropout}  # fmt: skip
-
-
-_ROPE_KEYS = {"rope_theta": "theta", "factor": "factor", "original_max_position_embeddings": "original_max_seq_len",
-              "low_freq_factor": "low_freq_factor", "high_freq_factor": "high_freq_factor", "beta_fast": "beta_fast",
-              "beta_slow": "beta_slow", "attention_factor": "attention_factor"}  # fmt: skip
-
-
-def _read_rope(c: Mapping[str, Any]) -> RopeConfig:
-    """transformers 5 keeps `rope_parameters`; before, there were `rope_theta` and `rope_scaling`."""
-    old = {"rope_theta": c.get("rope_theta", 10000.0), **(c.get("rope_scaling") or {})}
-    given = c.get("rope_parameters") or old
-    kind = given.get("rope_type", given.get("type", "default"))
-    scaling = "none" if kind == "default" else kind
-    choice("config.json: rope_type", scaling, registry.names("rope_scaling"))
-    values = {ours: given[theirs] for theirs, ours in _ROPE_KEYS.items() if given.get(theirs) is not None}
-    return RopeConfig(scaling=scaling, **values)
-
-
-_SCALING_KEYS = {"none": (), "linear": ("factor",),
-                 "llama3": ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
-                 "yarn": ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor")}  # fmt: skip
-
-
-def _write_rope(r: RopeConfig) -> dict[str, Any]:
-    kind = {"rope_type": "default" if r.scaling == "none" else r.scaling}
-    values = {theirs: getattr(r, _ROPE_KEYS[theirs]) for theirs in _SCALING_KEYS[r.scaling]}
-    return {"rope_theta": r.theta, **kind, **{k: v for k, v in values.items() if v is not None}}
-
-
-def _read_llama(c: Mapping[str, Any]) -> ModelConfig:
-    choice("config.json: hidden_act", c.get("hidden_act", "silu"), ("silu", "swish"))
-    if bool(c.get("attention_bias")) != bool(c.get("mlp_bias")):
-        raise UserError("config.json: attention_bias and mlp_bias differ; allowed here: both or neither")
-    if c.get("use_sliding_window"):
-        raise UserError("config.json: use_sliding_window=true is per layer there and for all layers here; allowed: false")
-    return ModelConfig(
-        vocab_size=c["vocab_size"], num_layers=c["num_hidden_layers"], hidden_size=c["hidden_size"],
-        num_heads=c["num_attention_heads"], num_kv_heads=c.get("num_key_value_heads"),
-        head_dim=c.get("head_dim"), ffn_size=c["intermediate_size"],
-        max_seq_len=c["max_position_embeddings"], rope=_read_rope(c), norm_eps=c.get("rms_norm_eps", 1e-6), mlp="swiglu",
-        bias=bool(c.get("mlp_bias")), qk_norm=c["model_type"] == "qwen3", tie_embeddings=c.get("tie_word_embeddings", False),
-        init_std=c.get("initializer_range", 0.02),
-    )  # fmt: skip
-
-
-def _write_llama(m: ModelConfig) -> dict[str, Any]:
-    return {"num_hidden_layers": m.num_layers, "hidden_size": m.hidden_size, "num_attention_heads": m.num_heads,
-            "num_key_value_heads": m.kv_heads, "head_dim": m.head_size, "intermediate_size": m.ffn,
-            "max_position_embeddings": m.max_seq_len, "rope_parameters": _write_rope(m.rope), "rms_norm_eps": m.norm_eps,
-            "hidden_act": "silu", "attention_bias": m.bias, "mlp_bias": m.bias}  # fmt: skip
-
-
 _OUTSIDE_LLAMA = {"embed": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}
 _LLAMA_NAMES = {"attention_norm": "input_layernorm", "attention.q": "self_attn.q_proj", "attention.k": "self_attn.k_proj",
                 "attention.v": "self_attn.v_proj", "attention.out": "self_attn.o_proj", "mlp_norm": "post_attention_layernorm",
@@ -262,17 +239,17 @@ GPT2 = Family(
     {"position": ("learned",), "norm": ("layernorm",), "norm_place": ("pre",), "mlp": ("gelu_tanh", "gelu", "silu"),
      "bias": (True,), "qkv_bias": (None, True), "qk_norm": (False,),
      "sliding_window": (None,), "num_kv_heads": (None,), "head_dim": (None,)},
-    _read_gpt2, _write_gpt2, "transformer.h.",
+    read_gpt2, write_gpt2, "transformer.h.",
     {"attention_norm": "ln_1", "attention.q": "attn.q", "attention.k": "attn.k", "attention.v": "attn.v",
      "attention.out": "attn.c_proj", "mlp_norm": "ln_2", "mlp.up": "mlp.c_fc",
      "mlp.down": "mlp.c_proj", "embed": "transformer.wte", "position": "transformer.wpe",
      "norm": "transformer.ln_f", "head": "lm_head"},
-    packed="c_attn", transposed=("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"), skip=r"attn\.(masked_)?bias$",
+    packed="c_attn", transposed=("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"), skip=r"\.attn\.(masked_)?bias$",
 )  # fmt: skip
 LLAMA = Family(
-    "llama", "LlamaForCausalLM", {**_LLAMA_NEEDS, "qk_norm": (False,)}, _read_llama, _write_llama, "model.layers.", _LLAMA_NAMES
+    "llama", "LlamaForCausalLM", {**_LLAMA_NEEDS, "qk_norm": (False,)}, read_llama, write_llama, "model.layers.", _LLAMA_NAMES
 )
 QWEN3 = Family(
-    "qwen3", "Qwen3ForCausalLM", {**_LLAMA_NEEDS, "qk_norm": (True,), "bias": (False,)}, _read_llama, _write_llama, "model.layers.",
+    "qwen3", "Qwen3ForCausalLM", {**_LLAMA_NEEDS, "qk_norm": (True,), "bias": (False,)}, read_llama, write_llama, "model.layers.",
     {**_LLAMA_NAMES, "attention.q_norm": "self_attn.q_norm", "attention.k_norm": "self_attn.k_norm"},
 )  # fmt: skip

@@ -21,7 +21,8 @@ gradient, g of a weight as the engine gives it to the model (w under ddp, else c
               another: activations one way, gradients the other. Embedding, head and loss are the first and the last stage's. Of
               tied weights, w V D each way, once, between two ends on two ranks. ddp sums each stage by itself; fsdp gathers once
               a step, not for each microbatch. The first step of a schedule also sends a number from stage to stage and back
-    always    world: all-reduce of two int64, and of the gradient norm where gradients are cut
+    always    world: all-reduce of two int64 before forward, of three fp64 after backward, and of the gradient norm where
+              gradients are cut
 """
 
 from __future__ import annotations
@@ -223,8 +224,8 @@ def own(unit: Sequence[Shape], n: int, index: int) -> int:
 
 
 def once(step: Step, cut: bool) -> list[Message]:
-    """Counts of the step, and the gradient norm where gradients are `cut` between ranks."""
-    return [("world", "all_reduce", 1, 16), ("world", "all_reduce", int(cut), step.master)]
+    """Counts of the step, its loss and norm, and the gradient norm where gradients are `cut` between ranks."""
+    return [("world", "all_reduce", 2, 16 + 24), ("world", "all_reduce", int(cut), step.master)]
 
 
 def tally(messages: Sequence[Message], topo: Topology) -> Tally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Iterator
@@ -79,9 +80,14 @@ def _step(cfg: Config, engine: Any, batches: list[Batch], clock: Clock, scaler: 
             with clock.phase("backward"):
                 engine.backward(loss)
     with clock.phase("optimizer"):
-        norm = engine.step(cfg.optim.lr, scaler.scale if scaler else None)
+        norm = engine.norm(scaler.scale if scaler else None)
+        finite = math.isfinite(norm.item())  # the steps of a run wait here, too
+        if finite:
+            engine.update(cfg.optim.lr, norm)
+        else:
+            engine.drop()
         if scaler is not None:
-            scaler.update(bool(norm.isfinite()))
+            scaler.update(finite)
 
 
 def _report(cfg: Config, totals: list[float], clock: Clock, device: torch.device) -> str:

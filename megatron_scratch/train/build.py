@@ -23,6 +23,7 @@ from megatron_scratch.config.pipeline import owned_stages, schedule_of, virtual_
 from megatron_scratch.config.precision import PrecisionConfig, takes
 from megatron_scratch.data.loader import Batch, DataSource, Loader
 from megatron_scratch.engine import Engine, Parts, Staged
+from megatron_scratch.engine.canonical import CanonicalEngine
 from megatron_scratch.models.decoder import Decoder
 from megatron_scratch.models.flops import layers_of_stages
 from megatron_scratch.models.fp8 import refuse_device, use_fp8
@@ -33,9 +34,9 @@ from megatron_scratch.parallel.deferred import WeightGradients
 from megatron_scratch.parallel.layout import layouts
 from megatron_scratch.parallel.pipeline import Pipeline, Plan
 from megatron_scratch.parallel.tensor import token_part
-from megatron_scratch.train import activations
+from megatron_scratch.train import activations, guarantee
 from megatron_scratch.train.objective import LanguageModel
-from megatron_scratch.train.passes import Passes, Stages, WholeModel
+from megatron_scratch.train.passes import Canonical, Passes, Stages, WholeModel
 from megatron_scratch.util.env import Rank, master, restart_count
 from megatron_scratch.util.memory import keep_freed_memory
 
@@ -73,8 +74,8 @@ def process_group(cfg: Config, rank: Rank, store_file: Path | None) -> Iterator[
         torch.cuda.set_device(device)
     else:
         keep_freed_memory()
-        if rank.world > 1 or cfg.train.threads:
-            torch.set_num_threads(cfg.train.threads or max(1, (os.cpu_count() or 1) // rank.world))
+        if threads := cpu_threads(cfg, rank.world):
+            torch.set_num_threads(threads)
     if rank.world > 1:
         # CPU tensors travel over gloo even in a GPU job: counts and flags need no device sync.
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
@@ -84,6 +85,14 @@ def process_group(cfg: Config, rank: Rank, store_file: Path | None) -> Iterator[
     finally:
         if rank.world > 1:
             dist.destroy_process_group()
+
+
+def cpu_threads(cfg: Config, world: int) -> int | None:
+    """Threads of this process; None: as torch chooses. Their number changes how products are cut, and so the last bits: where dp
+    must not change these, it must not choose the threads."""
+    if cfg.train.threads or cfg.train.canonical_reduction:
+        return cfg.train.threads or 1
+    return max(1, (os.cpu_count() or 1) // world) if world > 1 else None
 
 
 def topology(cfg: Config, rank: Rank, device: torch.device) -> Topology:
@@ -165,11 +174,15 @@ def build_engine(cfg: Config, topo: Topology) -> tuple[tuple[LanguageModel, ...]
     tied = "embed.weight" if cfg.model.tie_embeddings and p.pp > 1 else ""
     parts = Parts(models, cores, fill, make_optimizer, topo, cfg.optim.clip_grad_norm, cores[0].compute_dtype, tied,
                   gradient_dtype(cfg.precision))  # fmt: skip
+    if cfg.train.canonical_reduction:  # ddp by another order of its sums: `config.train.check_canonical` lets nothing else pass
+        return models, CanonicalEngine(cfg.engine, parts)
     return models, registry.build("engine", cfg.engine, parts=parts)
 
 
 def build_passes(cfg: Config, engine: Engine, topo: Topology) -> Passes:
     """How the microbatches of this run pass through its model."""
+    if isinstance(engine, CanonicalEngine):
+        return Canonical(engine, topo)
     if cfg.parallel.pp == 1:
         return WholeModel(engine, topo)
     assert cfg.model.vocab_size is not None
@@ -191,7 +204,7 @@ def loader(cfg: Config, dataset: Any, topo: Topology) -> Loader:
     """Batches of this rank by sample number."""
     vocab = cfg.model.vocab_size if cfg.data.check_ids else None
     return Loader(dataset, cfg.train.micro_batch_size, topo.index("dp"), topo.size("dp"), mask_documents=cfg.data.mask_documents,
-                  mask_eod=cfg.data.mask_eod, vocab_size=vocab)  # fmt: skip
+                  mask_eod=cfg.data.mask_eod, vocab_size=vocab, contiguous=cfg.train.canonical_reduction)  # fmt: skip
 
 
 def validation(cfg: Config, data: DataSource, topo: Topology) -> Iterator[Batch]:
@@ -202,6 +215,16 @@ def validation(cfg: Config, data: DataSource, topo: Topology) -> Iterator[Batch]
     mine, micro = loader(cfg, data.valid, topo), cfg.train.micro_batch_size
     for first in range(0, len(data.valid or ()), topo.size("dp") * micro):
         yield mine.batch(first + topo.index("dp") * micro)
+
+
+def written_by(cfg: Config, topo: Topology) -> dict[str, Any]:
+    """What a checkpoint remembers of how its numbers came about, to say at a resume what is the same from there on."""
+    degrees = {axis: topo.size(axis) for axis in ("dp", "tp", "pp", "cp", "replicate")}
+    if topo.device.type == "cuda":
+        machine = {"threads": None, "device": torch.cuda.get_device_name(topo.device)}
+    else:
+        machine = {"threads": torch.get_num_threads(), "device": f"cpu {torch.backends.cpu.get_cpu_capability()}"}
+    return guarantee.facts(cfg, degrees, {**machine, "torch": torch.__version__})
 
 
 def facts(cfg: Config, data: DataSource) -> dict[str, Any]:

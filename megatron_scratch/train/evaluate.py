@@ -49,6 +49,7 @@ def evaluate(
     for model in models:
         model.eval()
     totals = torch.zeros(3, dtype=torch.float64)
+    # fp32 losses have 24 bits: float64 adds them up exactly, in any order, while the sum is below 2^29 of the smallest of them.
     for batch in islice(batches, limit):
         totals[0] += loss_of(batch).double().cpu()
         if not topo.counts_tokens:

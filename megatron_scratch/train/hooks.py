@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from typing import Any
 
-import torch
-
-from megatron_scratch.parallel.collectives import all_reduce_world
 from megatron_scratch.parallel.topology import Topology
 from megatron_scratch.train.evaluate import Evaluation
+from megatron_scratch.train.guard import Guard
 from megatron_scratch.train.loop import Every
 from megatron_scratch.train.metrics import View, memory_gib, synchronize
 from megatron_scratch.train.rundir import RunDir
-from megatron_scratch.train.scaler import LossScaler
 from megatron_scratch.train.step import StepResult
-from megatron_scratch.util.errors import RunFailed
 
 
 class Rates:
@@ -57,9 +52,14 @@ class Rates:
 
         return resume
 
+    def restart(self, step: int) -> None:
+        """Begin again after `step` steps."""
+        synchronize(self.topo.device)
+        self.step, self.began = step, time.perf_counter()
+
 
 class LogMetrics:
-    """Every n steps: one transfer from the device, one row in metrics.jsonl, one line on the screen."""
+    """Every n steps: one row in metrics.jsonl, one line on the screen."""
 
     def __init__(self, every: int, topo: Topology, run: RunDir, view: View, rates: Rates) -> None:
         self.due, self.topo, self.run_dir, self.view, self.rates = Every(every), topo, run, view, rates
@@ -70,29 +70,28 @@ class LogMetrics:
             if self.topo.is_main:
                 self.run_dir.log(skip)
             return
-        part, norm = torch.stack([result.loss.float(), result.grad_norm.float()]).tolist()
-        loss = float(all_reduce_world(torch.tensor(part, dtype=torch.float64), self.topo))
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise RunFailed(f"step {step}: loss {loss}, gradient norm {norm}: not finite; lower optim.lr, or look at the data of "
-                            f"this step; checkpoints up to here are whole")  # fmt: skip
-        row = {"step": step, "loss": loss, "lr": result.lr, "grad_norm": norm, **self.rates.since_last(step)}
+        row = {"step": step, "loss": result.loss, "lr": result.lr, "grad_norm": result.grad_norm, **self.rates.since_last(step)}
         if self.topo.is_main:
             self.run_dir.log(row)
         self.view.row(row)
 
 
-class RecordSkips:
-    """After every step: one that the loss scaler skipped goes into the ledger, and ends a run that would skip all others too."""
+class RecordVerdicts:
+    """After every step: what was not like any other goes into the ledger, and a run that must not go on ends."""
 
-    def __init__(self, scaler: LossScaler, topo: Topology, run: RunDir, view: View) -> None:
-        self.due, self.scaler, self.topo, self.run_dir, self.view = Every(1), scaler, topo, run, view
+    def __init__(self, guard: Guard, topo: Topology, run: RunDir, view: View) -> None:
+        self.due, self.guard, self.topo, self.run_dir, self.view = Every(1), guard, topo, run, view
 
     def run(self, step: int, result: StepResult) -> None:
-        if result.skipped:
-            self.view.say(f"step {step}: skipped, {result.skipped}")
-            if self.topo.is_main:
-                self.run_dir.record("skip", step=step, reason=result.skipped)
-            self.scaler.refuse_to_go_on(step)
+        verdict = result.verdict
+        if verdict.event:
+            self.view.say(f"step {step}: {WORDS[verdict.event]}, {verdict.reason}")
+            if self.topo.is_main and verdict.event != "stop":  # which the ledger calls a failure
+                self.run_dir.record(verdict.event, step=step, reason=verdict.reason)
+            self.guard.refuse_to_go_on(step)
+
+
+WORDS = {"skip": "skipped", "spike": "a spike, applied all the same", "stop": "not applied", "rollback": "not applied"}
 
 
 class Evaluate:
@@ -114,12 +113,3 @@ class Evaluate:
             self.run_dir.log(row)
         self.view.row(row)
         resume()
-
-
-def refuse_non_finite(step: int, result: StepResult, topo: Topology) -> None:
-    """A checkpoint of a run that has diverged is not worth the good one that retention would delete for it."""
-    finite = torch.stack([result.loss.float(), result.grad_norm.float()]).isfinite().all().int().cpu()
-    if not int(all_reduce_world(finite, topo, "min")):
-        raise RunFailed(
-            f"step {step}: the loss or the gradient norm is not finite; nothing was saved, the checkpoints before are whole"
-        )

@@ -35,9 +35,9 @@ def train(first: int, steps: int, step_fn: Callable[[int], StepResult], hooks: l
     """Run steps `first` .. `steps`-1. Returns (steps done, whether a stop was asked for)."""
     done, stopped = first, False
     while done < steps and not stopped:
-        result = step_fn(done)
-        done, stopped = done + 1, result.stop
-        for hook in hooks:
+        before, result = done, step_fn(done)
+        done, stopped = result.done, result.stop
+        for hook in hooks if done > before else ():  # a step may have gone back to where all of them have been before
             if hook.due(done, done == steps, stopped):
                 hook.run(done, result)
     return done, stopped

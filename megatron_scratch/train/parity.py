@@ -26,6 +26,7 @@ from megatron_scratch.parallel.layout import full
 from megatron_scratch.train import build
 from megatron_scratch.train.batches import BatchPlan
 from megatron_scratch.train.forked import run_ranks
+from megatron_scratch.train.guard import Guard
 from megatron_scratch.train.scaler import loss_scaler
 from megatron_scratch.train.step import TrainStep
 from megatron_scratch.util.env import Rank
@@ -79,6 +80,7 @@ def single(cfg: Config, precision: str | None = None) -> Config:
     """The same training in one process."""
     one = deepcopy(cfg)
     one.parallel, one.engine, one.launcher.processes = ParallelConfig(), DDPConfig(), 1
+    one.train.canonical_reduction = False  # or a mistake in it would be on both sides
     one.precision = replace(one.precision, name=precision or one.precision.name)
     return one
 
@@ -109,16 +111,17 @@ def trace(cfg: Config, topo: Topology, steps: int) -> Trace:
     _, engine = build.build_engine(cfg, topo)
     loader = build.loader(cfg, MadeUpSamples(cfg.model.vocab_size or 0, cfg.train.seq_len, cfg.seed), topo)
     dropout = cfg.seed if cfg.model.dropout > 0 else None
-    passes, scaler = build.build_passes(cfg, engine, topo), loss_scaler(cfg.precision)
-    step = TrainStep(passes, loader, BatchPlan(cfg.train), topo, lambda s: cfg.optim.lr, dropout, lambda: False, scaler)
+    passes, guard = build.build_passes(cfg, engine, topo), Guard(cfg.fault, loss_scaler(cfg.precision))
+    step = TrainStep(passes, loader, BatchPlan(cfg.train), topo, lambda s: cfg.optim.lr, dropout, lambda: False, guard)
     out, before = Trace(), _weights(engine)
     for number in range(steps):
         loss, _, _ = step.gradients(number)
         out.losses.append(float(all_reduce_world(loss.double().cpu(), topo)))
-        scale = 1.0 if scaler is None else scaler.scale
         gradients = {k.removeprefix("grad."): v for k, v in engine.state().items() if k.startswith("grad.")}
-        out.gradients.append({name: full(gradient) / scale for name, gradient in gradients.items()})
-        out.norms.append(float(engine.step(cfg.optim.lr, None if scaler is None else scale)))
+        out.gradients.append({name: full(gradient) / (guard.scale or 1.0) for name, gradient in gradients.items()})
+        norm = engine.norm(guard.scale)
+        engine.update(cfg.optim.lr, norm)
+        out.norms.append(float(norm))
     out.updates = {name: after - before[name] for name, after in _weights(engine).items()}
     return out
 

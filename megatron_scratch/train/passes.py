@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import reduce
+from operator import add
 from typing import Protocol
 
 import numpy as np
@@ -9,6 +11,7 @@ import torch
 
 from megatron_scratch.data.loader import Batch
 from megatron_scratch.engine import Engine, Staged
+from megatron_scratch.engine.canonical import CanonicalEngine, sum_over_ranks, tree_sum
 from megatron_scratch.models.linear import check_ids
 from megatron_scratch.models.objective import IGNORE
 from megatron_scratch.parallel.pipeline import Pipeline
@@ -45,19 +48,39 @@ class WholeModel:
         self.engine, self.topo = engine, topo
 
     def gradients(self, batches: list[Batch], seeds: list[int | None], divisor: float) -> torch.Tensor:
-        loss = torch.zeros((), device=self.topo.device)
+        parts = []
         for i, (batch, seed) in enumerate(zip(batches, seeds, strict=True)):
             with self.engine.microbatch(last=i == len(batches) - 1):
                 part = self.engine.forward(*to_device(batch, self.topo.device), seed) / divisor
                 self.engine.backward(part)
-            loss = loss + self._mine(part)
-        return loss
+            parts.append(self._mine(part))
+        return self._total(parts)
+
+    def _total(self, parts: list[torch.Tensor]) -> torch.Tensor:
+        return reduce(add, parts)
 
     def loss(self, batch: Batch) -> torch.Tensor:
         return self._mine(self.engine.forward(*to_device(batch, self.topo.device)))
 
     def _mine(self, loss: torch.Tensor) -> torch.Tensor:
         return loss.detach() if self.topo.counts_tokens else torch.zeros_like(loss.detach())  # tp ranks have the same one
+
+
+class Canonical(WholeModel):
+    """The same where sums have one order at every dp: of gradients, which is the engine's, and of the loss, which is here."""
+
+    def __init__(self, engine: CanonicalEngine, topo: Topology) -> None:
+        super().__init__(engine, topo)
+        self.begin = engine.begin
+
+    def gradients(self, batches: list[Batch], seeds: list[int | None], divisor: float) -> torch.Tensor:
+        self.begin(len(batches))
+        return super().gradients(batches, seeds, divisor)
+
+    def _total(self, parts: list[torch.Tensor]) -> torch.Tensor:
+        """All of it on the first data-parallel rank and nothing on the others: in what order these are added cannot matter."""
+        total = sum_over_ranks(tree_sum(parts), self.topo, "dp")
+        return total if self.topo.index("dp") == 0 else torch.zeros_like(total)
 
 
 class Stages:

@@ -13,18 +13,22 @@ from megatron_scratch.config import Config
 from megatron_scratch.engine import Engine
 from megatron_scratch.parallel import Topology
 from megatron_scratch.parallel.collectives import gather_json
+from megatron_scratch.train import build
 from megatron_scratch.train.batches import BatchPlan
+from megatron_scratch.train.guarantee import WRITTEN_BY, guarantee
+from megatron_scratch.train.guard import Guard
 from megatron_scratch.train.metrics import View
 from megatron_scratch.train.rundir import RunDir
-from megatron_scratch.train.scaler import LossScaler
 from megatron_scratch.util.errors import RunFailed, UserError
+
+IMPORTED = "imported"  # a key of checkpoints that no run has written: weights, and nothing else
 
 
 def resume(
     cfg: Config, run_dir: RunDir, engine: Engine, plan: BatchPlan, facts: dict[str, Any], topo: Topology, view: View,
-    scaler: LossScaler | None = None,
+    guard: Guard,
 ) -> int | None:  # fmt: skip
-    """Load what `checkpoint.resume` says into the engine and the loss scaler; collective.
+    """Load what `checkpoint.resume` says into the engine, the guard and its loss scaler; collective.
 
     Returns:
         The step to go on from, None where the run begins.
@@ -35,11 +39,50 @@ def resume(
     """
     folders, own = find(cfg, run_dir, topo)
     if not folders:
+        if topo.is_main:
+            run_dir.rewind(0)  # of a start that was killed before its first checkpoint
         return None
+    folder, manifest = _load_newest(folders, own, run_dir, engine, facts, topo, view)
+    step = manifest.step
+    plan.rebase(step, int(manifest.extra["samples"]))
+    guard.load(manifest.extra)
+    holds = guarantee(manifest.extra.get(WRITTEN_BY), build.written_by(cfg, topo))
+    if IMPORTED in manifest.extra:
+        holds = "the weights of an imported model, no optimizer state"
+    if topo.is_main:
+        run_dir.rewind(step)
+        run_dir.record("resume", step=step, path=str(folder), samples=manifest.extra["samples"], guarantee=holds)
+    view.say(f"resuming after step {step} from {folder}: {holds}")
+    return step
+
+
+def go_back(run_dir: RunDir, engine: Engine, facts: dict[str, Any], topo: Topology, view: View, guard: Guard) -> int | None:
+    """Load the run's newest whole checkpoint into the engine, the guard and its loss scaler; collective.
+
+    Returns:
+        Its step, None where there is none.
+    """
+    steps = gather_json(committed(run_dir.checkpoints), topo)[0]
+    if not steps:
+        return None
+    folders = [step_folder(run_dir.checkpoints, step) for step in reversed(steps)]
+    _, manifest = _load_newest(folders, True, run_dir, engine, facts, topo, view)
+    guard.load(manifest.extra)
+    return manifest.step
+
+
+def _load_newest(folders: list[Path], own: bool, run_dir: RunDir, engine: Engine, facts: dict[str, Any], topo: Topology,
+                 view: View) -> tuple[Path, Manifest]:  # fmt: skip
+    """Load the first of `folders` that is whole. Those before it are said, recorded, and set aside if they are the run's `own`."""
 
     def into_engine(folder: Path, manifest: Manifest) -> None:
         refuse_other_run(folder, manifest, facts)
-        engine.load(store.shapes(manifest), lambda state: store.load(folder, manifest, state, topo))
+        only = "model." if IMPORTED in manifest.extra else ""
+
+        def fill(state: dict[str, Any]) -> None:
+            store.load(folder, manifest, {k: v for k, v in state.items() if k.startswith(only)}, topo, only)
+
+        engine.load(store.shapes(manifest), fill)
 
     folder, manifest, problems = first_whole(folders, into_engine, topo)
     for corrupt, problem in problems.items():
@@ -47,15 +90,7 @@ def resume(
         if topo.is_main:
             moved = str(set_aside(corrupt)) if own else None
             run_dir.record("corrupt_checkpoint", problem=problem, moved_to=moved)
-    step = manifest.step
-    plan.rebase(step, int(manifest.extra["samples"]))
-    if scaler is not None and "scaler" in manifest.extra:  # it is not in one of another precision
-        scaler.load(manifest.extra["scaler"])
-    if topo.is_main:
-        run_dir.rewind(step)
-        run_dir.record("resume", step=step, path=str(folder), samples=manifest.extra["samples"])
-    view.say(f"resuming after step {step} from {folder}")
-    return step
+    return folder, manifest
 
 
 def find(cfg: Config, run_dir: RunDir, topo: Topology) -> tuple[list[Path], bool]:
@@ -120,7 +155,9 @@ def _read(folder: Path, topo: Topology) -> Manifest:
 
 
 def refuse_other_run(folder: Path, manifest: Manifest, facts: dict[str, Any]) -> None:
-    """Compare what a checkpoint remembers with what this run is."""
+    """Compare what a checkpoint remembers with what this run is. An imported one is of a model, and maybe of a tokenizer."""
+    if IMPORTED in manifest.extra:
+        facts = {key: facts[key] for key in ("model", "tokenizer") if manifest.extra.get(key) is not None}
     for key, mine in facts.items():
         saved = manifest.extra.get(key)
         if saved == mine:

@@ -2,30 +2,38 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
+from megatron_scratch.config.fault import FaultConfig
 from megatron_scratch.data.loader import Loader
 from megatron_scratch.parallel.collectives import all_reduce_world
 from megatron_scratch.parallel.topology import Topology
 from megatron_scratch.train.batches import BatchPlan
+from megatron_scratch.train.guard import Guard, Verdict
 from megatron_scratch.train.passes import Passes
-from megatron_scratch.train.scaler import LossScaler
 from megatron_scratch.util.seeds import seed_from
 
 
 @dataclass
 class StepResult:
-    """Tensors stay on the device until someone logs them; `loss` is this rank's part, its sum over ranks is the mean."""
+    """What a step came to: the same on every rank, to the last bit."""
 
-    loss: torch.Tensor
-    grad_norm: torch.Tensor
+    loss: float  # mean over the predicted tokens of the global batch, in nats
+    grad_norm: float  # of the whole gradient, before clipping
     lr: float
     samples: int
-    stop: bool
-    skipped: str = ""  # why nothing was updated
+    stop: bool  # a rank was told to stop
+    done: int  # steps done after this one
+    verdict: Verdict = Verdict()
+
+    @property
+    def skipped(self) -> str:
+        """Why nothing was updated, or an empty string."""
+        return "" if self.verdict.applied else self.verdict.reason
 
 
 class TrainStep:
@@ -33,24 +41,35 @@ class TrainStep:
 
     def __init__(
         self, passes: Passes, loader: Loader, plan: BatchPlan, topo: Topology, lr_at: Callable[[int], float],
-        dropout_base: int | None, stop: Callable[[], bool], scaler: LossScaler | None = None,
+        dropout_base: int | None, stop: Callable[[], bool], guard: Guard | None = None,
+        before_update: Callable[[], None] = lambda: None,
     ) -> None:  # fmt: skip
+        """
+        Args:
+            guard: None: the usual one, of a precision that needs no loss scaler.
+            before_update: returns when weights and optimizer state may change, e.g. once a copy of them has been taken.
+        """
+        self.before_update = before_update
         self.passes, self.loader, self.plan, self.topo = passes, loader, plan, topo
-        self.lr_at, self.dropout_base, self.stop, self.scaler = lr_at, dropout_base, stop, scaler
+        self.lr_at, self.dropout_base, self.stop, self.guard = lr_at, dropout_base, stop, guard or Guard(FaultConfig())
 
     def __call__(self, step: int) -> StepResult:
-        loss, samples, stop = self.gradients(step)
-        lr = self.lr_at(step)
-        if self.scaler is None:
-            return StepResult(loss, self.passes.engine.step(lr), lr, samples, stop)
-        norm = self.passes.engine.step(lr, self.scaler.scale)
-        skipped = self.scaler.update(bool(norm.isfinite()))
-        return StepResult(loss, norm.to(loss.device, non_blocking=True), lr, samples, stop, skipped)
+        part, samples, stop = self.gradients(step)
+        engine, lr = self.passes.engine, self.lr_at(step)
+        device_norm = engine.norm(self.guard.scale)
+        loss, norm = shared_numbers(part, device_norm, self.topo)
+        verdict = self.guard.judge(loss, norm)
+        if verdict.applied:
+            self.before_update()
+            engine.update(lr, device_norm)
+        else:
+            engine.drop()
+        return StepResult(loss, norm, lr, samples, stop, step + 1, verdict)
 
     def gradients(self, step: int) -> tuple[torch.Tensor, int, bool]:
         """The first half of a step: forward and backward of all its microbatches. (loss, samples, whether to stop).
 
-        Gradients are those of the loss times the scaler's scale, where there is one.
+        Gradients are those of the loss times the scaler's scale, where there is one. The loss is this rank's part, on the device.
         """
         first, samples = self.plan.at(step)
         batches = list(self.loader.microbatches(first, samples))
@@ -61,5 +80,23 @@ class TrainStep:
         # A seed is a function of the samples in the microbatch: there is no generator state to save or to lose.
         base = self.dropout_base
         seeds = [None if base is None else seed_from("dropout", base, batch.first_sample) for batch in batches]
-        scale = 1.0 if self.scaler is None else self.scaler.scale
+        scale = self.guard.scale or 1.0
         return self.passes.gradients(batches, seeds, total / scale) / scale, samples, bool(shared[1])
+
+
+def shared_numbers(part: torch.Tensor, norm: torch.Tensor, topo: Topology) -> tuple[float, float]:
+    """(loss, gradient norm) of a step as numbers with the same bits on every rank; collective.
+
+    `part` is this rank's part of the loss. A norm is one number over all axes; should it not be finite on any rank, it is NaN on
+    all: one rank that has other numbers than the others must not be the only one that does not update.
+
+    This is the one place where the host waits for the device, once a step and before the update: a number that nobody has looked
+    at may already be in the weights of some ranks when it is found. The next step's forward is not in the queue meanwhile. A second
+    small message goes over the host; the first one (`gradients`) cannot carry what backward has not computed yet.
+    """
+    mine, local_norm = torch.stack([part.float(), norm.float().to(part.device)]).tolist()
+    main = local_norm if topo.is_main else 0.0
+    # Parts have 24 bits: float64 adds them up exactly, in any order, where none but zeros is below 2^-28 of the sum.
+    row = torch.tensor([mine, main, float(not math.isfinite(local_norm))], dtype=torch.float64)
+    loss, shared, astray = all_reduce_world(row, topo).tolist()
+    return loss, math.nan if astray and math.isfinite(shared) else shared

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -21,17 +22,22 @@ from megatron_scratch.train import build
 from megatron_scratch.train.batches import BatchPlan
 from megatron_scratch.train.evaluate import Evaluation, evaluate
 from megatron_scratch.train.fault import StopFlag
-from megatron_scratch.train.hooks import Evaluate, LogMetrics, Rates, RecordSkips
+from megatron_scratch.train.guarantee import WRITTEN_BY
+from megatron_scratch.train.guard import Guard
+from megatron_scratch.train.hooks import Evaluate, LogMetrics, Rates, RecordVerdicts
 from megatron_scratch.train.loop import Hook, train
 from megatron_scratch.train.metrics import Logged, Silent, View, peak_flops
+from megatron_scratch.train.mirror import Mirror
 from megatron_scratch.train.plot import plot_loss
-from megatron_scratch.train.resume import resume
+from megatron_scratch.train.replicas import CheckReplicas
+from megatron_scratch.train.resume import go_back, resume
+from megatron_scratch.train.rollback import Rollback
 from megatron_scratch.train.rundir import RunDir
 from megatron_scratch.train.saving import SaveCheckpoint
 from megatron_scratch.train.scaler import loss_scaler
-from megatron_scratch.train.step import TrainStep
+from megatron_scratch.train.step import StepResult, TrainStep
 from megatron_scratch.util.env import Rank, read_rank
-from megatron_scratch.util.errors import StopRequested
+from megatron_scratch.util.errors import RunFailed, StopRequested
 
 
 def run(cfg: Config, rank: Rank, store_file: Path | None = None) -> dict[str, Any]:
@@ -54,21 +60,27 @@ def run(cfg: Config, rank: Rank, store_file: Path | None = None) -> dict[str, An
         attempt = Attempt(run_dir.checkpoints, gather_json(number, topo)[0])  # and the main rank has made the folders
         view = Logged(registry.build("logging", cfg.logging) if topo.is_main else Silent(), run_dir.log_file(rank.rank))
         stack.callback(view.close)
+        mirror = Mirror(cfg.checkpoint, attempt, topo, run_dir, view)
+        stack.callback(mirror.close)
         try:
-            return _train(cfg, topo, run_dir, attempt, view, stop)
-        except Exception:
+            return _train(cfg, topo, run_dir, attempt, view, stop, mirror)
+        except Exception as error:
             view.failed()
+            if topo.is_main and isinstance(error, RunFailed):
+                run_dir.record("failed", reason=str(error))
             raise
 
 
-def _train(cfg: Config, topo: Topology, run_dir: RunDir, attempt: Attempt, view: View, stop: StopFlag) -> dict[str, Any]:
+def _train(cfg: Config, topo: Topology, run_dir: RunDir, attempt: Attempt, view: View, stop: StopFlag,
+           mirror: Mirror) -> dict[str, Any]:  # fmt: skip
+    mirror.fetch()  # before anybody looks for a checkpoint
     data = open_data(cfg.data, cfg.train.seq_len, cfg.seed)
     models, engine = build.build_engine(cfg, topo)
     passes = build.build_passes(cfg, engine, topo)
     plan = BatchPlan(cfg.train)
     facts = build.facts(cfg, data)
-    scaler = loss_scaler(cfg.precision)
-    resumed = resume(cfg, run_dir, engine, plan, facts, topo, view, scaler)
+    guard = Guard(cfg.fault, loss_scaler(cfg.precision))
+    resumed = resume(cfg, run_dir, engine, plan, facts, topo, view, guard)
     first = resumed or 0
     if topo.is_main:
         compose.save(cfg, run_dir.config)
@@ -78,9 +90,9 @@ def _train(cfg: Config, topo: Topology, run_dir: RunDir, attempt: Attempt, view:
                        engine=cfg.engine.name, steps=cfg.train.steps, attempt=attempt.number)  # fmt: skip
 
     rates = _rates(cfg, topo, plan, first)
-    hooks: list[Hook] = [LogMetrics(cfg.train.log_every, topo, run_dir, view, rates)]
-    if scaler is not None:
-        hooks.append(RecordSkips(scaler, topo, run_dir, view))
+    hooks: list[Hook] = [RecordVerdicts(guard, topo, run_dir, view), LogMetrics(cfg.train.log_every, topo, run_dir, view, rates)]
+    if cfg.fault.replica_check_every:
+        hooks.append(CheckReplicas(cfg.fault.replica_check_every, topo, engine))
     if data.valid is not None:
         sizes = data.tokenizer.bytes_per_id if data.tokenizer else None
 
@@ -89,23 +101,41 @@ def _train(cfg: Config, topo: Topology, run_dir: RunDir, attempt: Attempt, view:
 
         hooks.append(Evaluate(cfg.train.eval_every, topo, run_dir, view, rates, measure))
 
-    def position(step: int) -> dict[str, Any]:
-        return {**facts, "samples": plan.consumed(step), **({} if scaler is None else {"scaler": scaler.state()})}
+    remembered = {**facts, WRITTEN_BY: build.written_by(cfg, topo)}
 
-    saver = Saver(cfg.checkpoint, attempt, topo, verified=resumed)
-    hooks.append(SaveCheckpoint(cfg.checkpoint.every, saver, topo, run_dir, view, engine, rates, position))
+    def position(step: int) -> dict[str, Any]:
+        return {**remembered, "samples": plan.consumed(step), **guard.state()}
+
+    saver = Saver(cfg.checkpoint, attempt, topo, verified=resumed, held=mirror.held)
+    saves = SaveCheckpoint(cfg.checkpoint.every, saver, mirror, run_dir, view, engine, rates, position)
+    hooks += [saves, mirror]
+    mirror.begin()
 
     dropout = cfg.seed if cfg.model.dropout > 0 else None
     rate, asked = build.learning_rate(cfg), lambda: bool(stop.reason)
-    step = TrainStep(passes, build.loader(cfg, data.train, topo), plan, topo, rate, dropout, asked, scaler)
+    step: Callable[[int], StepResult]
+    step = TrainStep(passes, build.loader(cfg, data.train, topo), plan, topo, rate, dropout, asked, guard, saver.copied)
+    if cfg.fault.spike == "rollback":
+
+        def newest() -> int | None:
+            saves.wait()
+            return go_back(run_dir, engine, facts, topo, view, guard)
+
+        step = Rollback(step, newest, guard, plan, topo, run_dir, view, rates)
     if first >= cfg.train.steps:
         view.say(f"already at step {first}; raise train.steps={cfg.train.steps} to go on")
     view.start(first, cfg.train.steps)
     try:
         done, stopped = train(first, cfg.train.steps, step, hooks)
+    except RunFailed:
+        saves.wait()  # all ranks are told of what ends a run: a save that is under way need not be lost with it
+        raise
     finally:
         saver.close()
-    return _finish(cfg, topo, run_dir, view, done, stopped, stop.reason)
+    mirror.finish(saver.verified)
+    summary = _finish(cfg, topo, run_dir, view, done, stopped, stop.reason)
+    mirror.check()
+    return summary
 
 
 def _eval_limit(cfg: Config, topo: Topology) -> int | None:

@@ -147,7 +147,9 @@ def steps(engine: zero.ZeroEngine, topo: Topology, which: range) -> tuple[list[f
             with engine.microbatch(last=i == len(mine) - 1):
                 engine.backward(engine.forward(x) / ROWS)
         grads = {k: v for k, v in whole(engine.state()).items() if k.startswith("grad.")}
-        norms.append(engine.step(LR).item())
+        norm = engine.norm()
+        engine.update(LR, norm)
+        norms.append(norm.item())
     return norms, grads
 
 

@@ -16,7 +16,7 @@ OPTIMIZERS = ["adamw", "muon"]
 # Where to die, and how many calls in: in the middle of a step, in every stage of a save, between the two.
 POINTS = [
     ("megatron_scratch.engine.ddp:DDPEngine.backward", 15, "backward"),
-    ("megatron_scratch.engine.ddp:DDPEngine.step", 5, "optimizer"),
+    ("megatron_scratch.engine.ddp:DDPEngine.update", 5, "optimizer"),
     ("megatron_scratch.train.hooks:Evaluate.run", 1, "evaluation"),
     ("megatron_scratch.checkpoint.store:write", 2, "before_write"),
     ("megatron_scratch.checkpoint.store:write_file", 2, "write"),
@@ -89,7 +89,7 @@ def test_stopped_by_a_signal(world: int, corpus: Path, tmp_path: Path, uninterru
 
 def test_a_corrupt_checkpoint_is_passed_over(corpus: Path, tmp_path: Path, uninterrupted: dict[tuple[int, str], Path]) -> None:
     cfg = config(corpus, tmp_path / "r", *LONG, "checkpoint.keep_last=0")
-    run(cfg, 1, kill_after("megatron_scratch.engine.ddp:DDPEngine.step", 8))
+    run(cfg, 1, kill_after("megatron_scratch.engine.ddp:DDPEngine.update", 8))
     damaged = next((tmp_path / "r" / "checkpoints" / "step_00000006").glob("*.safetensors"))
     content = bytearray(damaged.read_bytes())
     content[-1] ^= 1

@@ -115,7 +115,7 @@ PIPELINE: list[Mutant] = [
     ("pipeline: a tied embedding counts twice in the norm",
      replace(TorchEngine, "_counted", lambda self, gradients: list(gradients.values())), TIED, GPT2, "gradient norm"),
     ("pipeline: the second of a tied embedding is not updated",
-     replace(TorchEngine, "_update_copies", lambda self: None), V, GPT2, "gradient"),
+     replace(TorchEngine, "_changed", lambda self: None), V, GPT2, "gradient"),
     ("pipeline: a norm over this stage alone",
      replace(clip, "all_reduce_world", lambda x, topo: x), TIED, GPT2, "gradient norm"),
     ("pipeline: a weight gradient left for later is forgotten",

@@ -107,7 +107,9 @@ def ours(topo: Topology, cfg: Config, folder: Path) -> tuple[list[float], list[f
     for i in range(STEPS):
         losses.append(step.gradients(i)[0].item())
         states.append(parts(engine, "grad."))
-        norms.append(engine.step(build.learning_rate(cfg)(i)).item())
+        norm = engine.norm()
+        engine.update(build.learning_rate(cfg)(i), norm)
+        norms.append(norm.item())
     return losses, norms, [*states, parts(engine, "model.")]
 
 
