@@ -19,7 +19,7 @@ from typing import Any
 
 from megatron_scratch.checkpoint.manifest import CorruptCheckpoint, File, verify_files
 from megatron_scratch.checkpoint.shard import write_file
-from megatron_scratch.util.machine import die_with_parent
+from megatron_scratch.util.machine import outlive_signals
 
 
 def do(job: dict[str, Any], memory: mmap.mmap | None) -> dict[str, Any]:
@@ -33,8 +33,7 @@ def do(job: dict[str, Any], memory: mmap.mmap | None) -> dict[str, Any]:
         if "verify" in job:
             verify_files(Path(job["verify"]), {name: File(*pair) for name, pair in job["files"].items()})
             return {}
-        assert memory is not None
-        with memoryview(memory) as view:
+        with memoryview(memory or b"") as view:  # a rank may have nothing that others do not write
             written = {name: write_file(Path(job["write"], name), [view[a:b]]) for name, (a, b) in job["files"].items()}
         return {"files": {name: [file.bytes, file.sha256] for name, file in written.items()}}
     except (OSError, CorruptCheckpoint) as error:
@@ -97,7 +96,7 @@ class Background:
 
 
 def main() -> None:
-    die_with_parent()
+    outlive_signals()
     os.umask(0o027)
     fd = int(sys.argv[1])
     for line in sys.stdin:

@@ -97,6 +97,10 @@ class Saver:
         saved.blocked = time.perf_counter() - began
         return saved
 
+    def tidy(self) -> list[int]:
+        """Apply the retention rule where an earlier start was killed before it could. Returns the steps that are gone."""
+        return list(store.on_main(lambda: attempts.retire(self.attempt, self.cfg, self.verified, self.held()), self.topo, 0))
+
     def copied(self) -> None:
         """Wait until what is being saved may change. To be called before anything is updated; no message."""
         if self.copying is not None:
@@ -183,12 +187,12 @@ class Saver:
         if not saved.corrupt:
             self.verified.add(save.step)
 
-        def tidy() -> list[Any]:
+        def retire() -> list[Any]:
             if saved.corrupt:
                 return [str(attempts.set_aside(saved.path)), []]
             return ["", attempts.retire(self.attempt, self.cfg, self.verified, self.held())]
 
-        moved, saved.retired = store.on_main(tidy, self.topo, save.step)
+        moved, saved.retired = store.on_main(retire, self.topo, save.step)
         saved.moved_to = Path(moved) if moved else None
         return saved
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import sys
 import time
 from pathlib import Path
@@ -19,7 +18,7 @@ from megatron_scratch.checkpoint.attempt import Attempt
 from megatron_scratch.checkpoint.place import committed, open_place, reason
 from megatron_scratch.checkpoint.remote import Remote
 from megatron_scratch.config.train import CheckpointConfig
-from megatron_scratch.util.machine import die_with_parent
+from megatron_scratch.util.machine import outlive_signals
 
 
 def do(remote: Remote, command: dict[str, Any]) -> dict[str, Any]:
@@ -54,16 +53,6 @@ def _upload(remote: Remote, step: int, trust: bool, began: float) -> dict[str, A
         return {**answer, "retired": remote.retire()}
     except Exception as error:  # the upload is whole all the same; the next one retires what is left
         return {**answer, "retired": [], "not_retired": reason(error)}
-
-
-def outlive_signals() -> None:
-    """A scheduler's signals go to all processes of a job: the rank saves then, and this has to bring away what it saved. Only the
-    rank's death ends it."""
-    rank = os.getppid()
-    signal.signal(signal.SIGTERM, lambda *args: os._exit(1) if os.getppid() != rank else None)
-    for number in (signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
-    die_with_parent()
 
 
 def main() -> None:

@@ -196,5 +196,8 @@ def check_checkpoint(c: CheckpointConfig) -> None:
     for key in ("every", "keep_last", "keep_every"):
         if getattr(c, key) < 0:
             raise UserError(f"checkpoint.{key}={getattr(c, key)} must not be negative")
+    if c.async_save and not c.every:
+        raise UserError("checkpoint.async_save=true has no effect with checkpoint.every=0, as the save at the end is waited for; "
+                        "give checkpoint.every=N, or leave it out")  # fmt: skip
     if c.remote is not None:
         check_url("checkpoint.remote", c.remote)

@@ -47,6 +47,12 @@ class SaveCheckpoint:
             self._report(self.saver.poll())
         resume()
 
+    def tidy(self) -> None:
+        """Before the first step: delete what an earlier start was killed before it could."""
+        gone = self.saver.tidy()
+        if gone and self.topo.is_main:
+            self.run_dir.record("retired", steps=gone)
+
     def wait(self) -> None:
         """Until no save is under way."""
         self._report(self.saver.finish())

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from megatron_scratch.checkpoint.attempt import Attempt
 from megatron_scratch.checkpoint.manifest import step_folder
 from megatron_scratch.checkpoint.saver import Saver
 from megatron_scratch.config import Config, compose
-from megatron_scratch.data.loader import open_data
+from megatron_scratch.data.loader import DataSource, open_data
 from megatron_scratch.models.flops import flops_per_token
 from megatron_scratch.parallel import Topology
 from megatron_scratch.parallel.collectives import gather_json
@@ -28,6 +29,8 @@ from megatron_scratch.train.hooks import Evaluate, LogMetrics, Rates, RecordVerd
 from megatron_scratch.train.loop import Hook, train
 from megatron_scratch.train.metrics import Logged, Silent, View, peak_flops
 from megatron_scratch.train.mirror import Mirror
+from megatron_scratch.train.objective import LanguageModel
+from megatron_scratch.train.passes import Passes
 from megatron_scratch.train.plot import plot_loss
 from megatron_scratch.train.replicas import CheckReplicas
 from megatron_scratch.train.resume import go_back, resume
@@ -83,33 +86,24 @@ def _train(cfg: Config, topo: Topology, run_dir: RunDir, attempt: Attempt, view:
     resumed = resume(cfg, run_dir, engine, plan, facts, topo, view, guard)
     first = resumed or 0
     if topo.is_main:
-        compose.save(cfg, run_dir.config)
-        if data.tokenizer is not None:
-            data.tokenizer.save(run_dir.path)  # a run can write text wherever its data has gone
-        run_dir.record("start", step=first, world=topo.world, tp=topo.size("tp"), pp=topo.size("pp"),
-                       engine=cfg.engine.name, steps=cfg.train.steps, attempt=attempt.number)  # fmt: skip
-
-    rates = _rates(cfg, topo, plan, first)
-    hooks: list[Hook] = [RecordVerdicts(guard, topo, run_dir, view), LogMetrics(cfg.train.log_every, topo, run_dir, view, rates)]
-    if cfg.fault.replica_check_every:
-        hooks.append(CheckReplicas(cfg.fault.replica_check_every, topo, engine))
-    if data.valid is not None:
-        sizes = data.tokenizer.bytes_per_id if data.tokenizer else None
-
-        def measure() -> Evaluation:
-            return evaluate(models, passes.loss, build.validation(cfg, data, topo), topo, sizes, _eval_limit(cfg, topo))
-
-        hooks.append(Evaluate(cfg.train.eval_every, topo, run_dir, view, rates, measure))
-
+        _begin(cfg, topo, run_dir, data, first, attempt)
     remembered = {**facts, WRITTEN_BY: build.written_by(cfg, topo)}
 
     def position(step: int) -> dict[str, Any]:
         return {**remembered, "samples": plan.consumed(step), **guard.state()}
 
+    rates = _rates(cfg, topo, plan, first)
     saver = Saver(cfg.checkpoint, attempt, topo, verified=resumed, held=mirror.held)
     saves = SaveCheckpoint(cfg.checkpoint.every, saver, mirror, run_dir, view, engine, rates, position)
+    hooks: list[Hook] = [RecordVerdicts(guard, topo, run_dir, view), LogMetrics(cfg.train.log_every, topo, run_dir, view, rates)]
+    if cfg.fault.replica_check_every:
+        hooks.append(CheckReplicas(cfg.fault.replica_check_every, topo, engine))
+    if data.valid is not None:
+        measure = partial(_evaluate, cfg, data, models, passes, topo)
+        hooks.append(Evaluate(cfg.train.eval_every, topo, run_dir, view, rates, measure))
     hooks += [saves, mirror]
     mirror.begin()
+    saves.tidy()
 
     dropout = cfg.seed if cfg.model.dropout > 0 else None
     rate, asked = build.learning_rate(cfg), lambda: bool(stop.reason)
@@ -136,6 +130,20 @@ def _train(cfg: Config, topo: Topology, run_dir: RunDir, attempt: Attempt, view:
     summary = _finish(cfg, topo, run_dir, view, done, stopped, stop.reason)
     mirror.check()
     return summary
+
+
+def _begin(cfg: Config, topo: Topology, run_dir: RunDir, data: DataSource, first: int, attempt: Attempt) -> None:
+    """What a run directory says of the run before its first step."""
+    compose.save(cfg, run_dir.config)
+    if data.tokenizer is not None:
+        data.tokenizer.save(run_dir.path)  # a run can write text wherever its data has gone
+    run_dir.record("start", step=first, world=topo.world, tp=topo.size("tp"), pp=topo.size("pp"),
+                   engine=cfg.engine.name, steps=cfg.train.steps, attempt=attempt.number)  # fmt: skip
+
+
+def _evaluate(cfg: Config, data: DataSource, models: Sequence[LanguageModel], passes: Passes, topo: Topology) -> Evaluation:
+    sizes = data.tokenizer.bytes_per_id if data.tokenizer else None
+    return evaluate(models, passes.loss, build.validation(cfg, data, topo), topo, sizes, _eval_limit(cfg, topo))
 
 
 def _eval_limit(cfg: Config, topo: Topology) -> int | None:

@@ -44,3 +44,15 @@ def die_with_parent() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
         if os.getppid() != parent:  # it died before the call
             os.kill(os.getpid(), signal.SIGTERM)
+
+
+def outlive_signals() -> None:
+    """For a process that works for a rank: only the rank's death ends it.
+
+    A scheduler's signals go to all processes of a job. The rank saves then, and what it has under way must not be lost for that.
+    """
+    rank = os.getppid()
+    signal.signal(signal.SIGTERM, lambda *args: os._exit(1) if os.getppid() != rank else None)
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    die_with_parent()

@@ -71,8 +71,9 @@ def suffer(corpus: Path, run_dir: Path, layout: Layout, kills: list[Kill], mutat
             happened += 1
             problems += unreadable(run_dir) + [f"finished in spite of a dead rank: {codes}" for _ in range(0 in codes)]
             after = committed(run_dir / "checkpoints")
-            if before and (not after or max(after) < max(before)):
-                problems.append(f"steps {before} were there, and {after} are left")
+            told = [e["step"] for e in ledger(run_dir, "save")] if (run_dir / "ledger.jsonl").exists() else []
+            if max([*before, *told], default=0) > max(after, default=0):
+                problems.append(f"steps {before} were there, {told} were said to be saved, and {after} are left")
         elif codes != [0] * layout.world:
             return happened, [*problems, f"a start ended with {codes}"]
         resumed = ledger(run_dir, "resume") if (run_dir / "ledger.jsonl").exists() else []

@@ -1,6 +1,6 @@
 """Killed anywhere, a run goes on by itself, bitwise equal to one that never was; and bugs that would break this are seen.
 
-By default some 50 kills over all points, in layouts of one and two ranks, synchronous and asynchronous; `--full`: 500, drawn.
+By default some 100 kills over all points, in layouts of one and two ranks, synchronous and asynchronous; `--full`: 500, drawn.
 """
 
 from __future__ import annotations
@@ -208,7 +208,21 @@ def half_the_weights_of_the_step_before() -> None:
     wrap("megatron_scratch.checkpoint.store:views_of", views)
 
 
+def copies_too_late() -> None:
+    """An asynchronous save takes its copy after the next update has begun."""
+    waiting: list[Any] = []
+
+    def poll(original: Any, self: Any, wait: bool = False) -> Any:
+        while waiting:
+            waiting.pop()()
+        return original(self, wait)
+
+    wrap("megatron_scratch.checkpoint.saver:Saver._hand_over", lambda original, *args: waiting.append(lambda: original(*args)))
+    wrap("megatron_scratch.checkpoint.saver:Saver.poll", poll)
+
+
 MUTANTS = {
+    copies_too_late: ("async", Kill("update", 0, 6)),
     in_place: ("two", Kill("save.file.half", 1, 3)),
     manifest_first: ("two", Kill("save.commit", 1, 2)),
     no_optimizer_state: ("one", Kill("update", 0, 4)),

@@ -49,6 +49,7 @@ REFUSED = [
     (["model.rope.scaling=linear", "model.rope.beta_fast=16"], ["model.rope.beta_fast", "linear"]),
     (["train.ramp.samples=100"], ["train.ramp", "start"]),
     (["checkpoint.keep_last=-1"], ["checkpoint.keep_last"]),
+    (["checkpoint.async_save=true"], ["checkpoint.every=0", "no effect"]),
     (["schedule=constant", "schedule.min_lr_ratio=0.5"], ["min_lr_ratio"]),
     (["name=${nope}"], ["nope"]),
 ]
