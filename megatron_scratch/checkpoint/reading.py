@@ -19,6 +19,7 @@ from megatron_scratch.checkpoint.plan import Offset, State, as_bytes, boxes
 
 PIECE = 8 << 20  # bytes per read
 BEHIND = 8  # pieces that may wait to be hashed
+AT_ONCE = 2  # files: one thread's sha256 is slower than what the system has in its cache, or a parallel file system
 
 Target = tuple[tuple[slice, ...], torch.Tensor]  # a part of a chunk -> live memory
 
@@ -37,10 +38,14 @@ def fill(folder: Path, manifest: Manifest, state: State) -> None:
                     inside, place = overlap
                     targets = wanted[chunk.file].setdefault(chunk.at, (manifest.tensors[name].dtype, chunk, []))[2]
                     targets.append((inside, view[place]))
-    for name in sorted(wanted):
-        parts = [wanted[name][at] for at in sorted(wanted[name])]
+
+    def read(name: str) -> None:
         with ThreadPoolExecutor(1) as beside:
-            _File(folder / name, manifest.files[name], beside).read(parts)
+            _File(folder / name, manifest.files[name], beside).read([wanted[name][at] for at in sorted(wanted[name])])
+
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        for done in [pool.submit(read, name) for name in sorted(wanted)]:
+            done.result()
 
 
 def _overlap(chunk: Chunk, offset: Offset, shape: Offset) -> tuple[tuple[slice, ...], tuple[slice, ...]] | None:
