@@ -1,8 +1,8 @@
 """One global tensor of which each rank holds a few boxes, as views of memory that belongs to somebody else.
 
 ZeRO cuts parameters into flat ranges, which no DTensor placement describes: a range of a matrix is the end of a row, a block of
-whole rows, and the beginning of a row. torch.distributed.checkpoint asks an object only for its boxes, so it saves and loads
-these in place, from and to any other layout, and nothing is gathered.
+whole rows, and the beginning of a row. A checkpoint asks a tensor only for its boxes, so it saves and loads these in place,
+from and to any other layout, and nothing is gathered.
 """
 
 from __future__ import annotations
@@ -13,8 +13,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
-from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]  # where it begins in the tensor, and its sizes
 
@@ -45,8 +43,7 @@ def _in_row(inner: Sequence[int], row: int, start: int, stop: int) -> Iterator[B
 
 
 class Pieces(torch.Tensor):
-    """What this rank holds of a global tensor. A tensor only in name: it has shape, dtype and device, but computes nothing
-    (DCP looks boxes up only in tensors).
+    """What this rank holds of a global tensor. A tensor only in name: it has shape, dtype and device, but computes nothing.
 
     Args:
         shape: of the global tensor.
@@ -98,17 +95,3 @@ class Pieces(torch.Tensor):
         if dist.is_initialized():
             dist.all_reduce(out)  # each number comes from one rank, all others add 0: bitwise
         return out
-
-    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
-        return [ChunkStorageMetadata(offset, view.shape) for offset, view in self.views.items()]
-
-    def __create_write_items__(self, fqn: str, _: object) -> list[WriteItem]:
-        properties = TensorProperties(dtype=self.dtype)
-        return [
-            WriteItem(MetadataIndex(fqn, c.offsets), WriteItemType.SHARD, tensor_data=TensorWriteData(c, properties, self.shape))
-            for c in self.__create_chunk_list__()
-        ]
-
-    def __get_tensor_shard__(self, index: MetadataIndex) -> torch.Tensor:
-        assert index.offset is not None, index
-        return self.views[index.offset]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -56,6 +57,10 @@ class RunDir:
                 f.seek(0)
                 raise UserError(f"dir={self.path} is in use by {f.read().strip() or 'another process'}; "
                                 "wait for it, stop it, or give another dir=") from None  # fmt: skip
+            except OSError as error:
+                if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+                    raise
+                # A file system without locks. A second start then takes over: its attempt fences this one off.
             f.truncate(0)
             f.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}")
             f.flush()

@@ -16,6 +16,7 @@ from points import wrap
 from runs import config, run
 
 from megatron_scratch.checkpoint.manifest import committed
+from megatron_scratch.train.rundir import RunDir
 from megatron_scratch.util.env import Rank
 
 LAYOUTS = {"one": Layout(1), "two": Layout(2), "async_two": Layout(2, ("checkpoint.async_save=true",))}
@@ -188,3 +189,22 @@ def test_a_checkpoint_that_is_damaged_when_it_is_read_again(corpus: Path, tmp_pa
         if code:
             assert "it is set aside, the ones before it are whole: run the same command again" in out.err
             assert run(config(corpus, path, *BASE)) == [0] and committed(path / "checkpoints") == [7]
+
+
+def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attempts fence there; any other failure of a lock is a failure."""
+    run_dir = RunDir(tmp_path / "r")
+    run_dir.create()
+
+    def flock(number: int) -> Any:
+        def fail(*args: object) -> None:
+            raise OSError(number, os.strerror(number))
+
+        return fail
+
+    monkeypatch.setattr("megatron_scratch.train.rundir.fcntl.flock", flock(errno.ENOLCK))
+    with run_dir.locked():
+        assert "process" in (run_dir.path / ".lock").read_text()
+    monkeypatch.setattr("megatron_scratch.train.rundir.fcntl.flock", flock(errno.EIO))
+    with pytest.raises(OSError, match="Input/output"), run_dir.locked():
+        pass

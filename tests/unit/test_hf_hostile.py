@@ -95,7 +95,7 @@ def twice(src: Path) -> None:
 def only_pickles(src: Path) -> None:
     for path in (*src.glob("*.safetensors"), src / INDEX):
         path.unlink()
-    (src / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch /tmp/w/canary'\ntR.")
+    (src / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'exit 3'\ntR.")
 
 
 def no_index(src: Path) -> None:
