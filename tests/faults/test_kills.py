@@ -91,8 +91,8 @@ def test_500_kills(corpus: Path, tmp_path: Path, whole: dict[str, Path]) -> None
         wrong += differences(tmp_path / str(number), whole[name])
         problems += [f"{name} {victims}: {w}" for w in wrong]
         happened, number = happened + died, number + 1
-    print(f"{happened} kills in {number} runs")
-    assert problems == []
+    print(f"{happened} kills in {number} runs, {len(problems)} problems")
+    assert problems == [], "\n".join(problems)
 
 
 # Deliberate bugs. Each is put into every start of a run that is killed once; the harness has to see it.
