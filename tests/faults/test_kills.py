@@ -1,6 +1,7 @@
 """Killed anywhere, a run goes on by itself, bitwise equal to one that never was; and bugs that would break this are seen.
 
-By default at least 46 kills (two in each of 23 scenarios) over all points, in layouts of one and two ranks, synchronous and asynchronous; `--full`: 500, drawn.
+By default at least 46 kills (two in each of 23 scenarios) over all points, on one and two ranks, synchronous and
+asynchronous; `--full`: 500, drawn.
 """
 
 from __future__ import annotations
