@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import gc
 import json
 import multiprocessing
 import os
@@ -34,6 +35,7 @@ def config(data: Path, run: Path, *overrides: str, world: int = 1) -> Config:
 
 
 def _rank(cfg: Config, rank: Rank, store: str, fault: Fault | None, arm: Callable[[Rank], None] | None) -> None:
+    gc.freeze()  # what the parent made is not this process's to destroy
     faulthandler.dump_traceback_later(120, exit=True)
     torch.set_num_threads(1)
     worker.plot_loss = lambda run_dir: None  # 0.3 s; test_train draws one

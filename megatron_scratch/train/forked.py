@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import datetime
 import faulthandler
+import gc
 import multiprocessing
 import os
+import signal
 import sys
 import tempfile
 import traceback
@@ -39,7 +41,7 @@ def run_ranks(world: int, fn: Callable[..., Any], *args: Any, detail: bool = Fal
         for number in range(world):
             here, there = context.Pipe(duplex=False)
             rank = Rank(number, world, number, True)
-            process = context.Process(target=_main, args=(rank, f"{tmp}/store", fn, args, there, detail, timeout))
+            process = context.Process(target=_main, args=(rank, tmp, fn, args, there, detail, timeout))
             process.start()
             there.close()
             processes.append(process)
@@ -47,6 +49,9 @@ def run_ranks(world: int, fn: Callable[..., Any], *args: Any, detail: bool = Fal
         answers = [_answer(pipe, timeout) for pipe in pipes]
         for process in processes:
             process.join()
+        answers = [
+            _why(tmp, number, processes[number].exitcode) if answer is None else answer for number, answer in enumerate(answers)
+        ]
     for kind, error in answers:
         if kind == "user":
             raise UserError(error)
@@ -56,12 +61,15 @@ def run_ranks(world: int, fn: Callable[..., Any], *args: Any, detail: bool = Fal
     return [value for _, value in answers]
 
 
-def _main(rank: Rank, store: str, fn: Callable[..., Any], args: tuple[Any, ...], pipe: Any, detail: bool, timeout: int) -> None:
-    faulthandler.dump_traceback_later(timeout, exit=True, file=sys.__stderr__)  # which nobody has replaced
+def _main(rank: Rank, tmp: str, fn: Callable[..., Any], args: tuple[Any, ...], pipe: Any, detail: bool, timeout: int) -> None:
+    gc.freeze()  # what the parent made is not this process's to destroy: its sockets, threads and processes are not here
+    stacks = open(_stacks(tmp, rank.rank), "w")  # noqa: SIM115  (for as long as the process lives)
+    faulthandler.enable(stacks)
+    faulthandler.dump_traceback_later(timeout, exit=True, file=stacks)
     try:
         torch.set_num_threads(1)
         dist.set_debug_level(dist.DebugLevel.DETAIL if detail else dist.DebugLevel.OFF)
-        file = dist.FileStore(store, rank.world)
+        file = dist.FileStore(f"{tmp}/store", rank.world)
         limit = datetime.timedelta(seconds=timeout)
         dist.init_process_group("gloo", store=file, rank=rank.rank, world_size=rank.world, timeout=limit)
         pipe.send(("ok", fn(rank, *args)))
@@ -76,10 +84,22 @@ def _main(rank: Rank, store: str, fn: Callable[..., Any], args: tuple[Any, ...],
         os._exit(0)  # no interpreter shutdown: what the parent has open is not ours to close
 
 
-def _answer(pipe: Any, timeout: int) -> tuple[str, Any]:
+def _answer(pipe: Any, timeout: int) -> tuple[str, Any] | None:
+    """What a rank sends; None: it died before it did."""
     try:
         return pipe.recv() if pipe.poll(timeout + 10) else ("failed", "no answer in time")
     except EOFError:
-        return "failed", "died without a word (see its output above)"
+        return None
     finally:
         pipe.close()
+
+
+def _why(tmp: str, rank: int, code: int | None) -> tuple[str, str]:
+    """How a rank died, and where each of its threads stood if it was a crash or the end of its time."""
+    how = f"died of {signal.Signals(-code).name}" if code and code < 0 else f"ended with {code} before it answered"
+    with open(_stacks(tmp, rank)) as file:
+        return "failed", f"{how}\n{file.read()}"
+
+
+def _stacks(tmp: str, rank: int) -> str:
+    return f"{tmp}/stacks{rank}"
