@@ -25,7 +25,7 @@ quickstart: install
 	$(BIN)/megatron-scratch generate $(RUN) prompt="def main(" max_new_tokens=120 temperature=0.7 top_p=0.9
 
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile # a file's tests share what they train
 
 lint: install
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -24,9 +24,11 @@ LAYOUTS = {
     "zero3": (4, ["engine=zero3"]),
     "tp_overlap": (4, ["parallel.tp=2", "parallel.overlap=true"]),
 }
-# the layout of steps 1 to 3, and that of steps 4 to 6
-SWITCHES = [("one", "fsdp_tp"), ("fsdp_tp", "tp"), ("hsdp", "one"), ("tp_overlap", "zero3"), ("zero3", "zero2_tp"),
-            ("zero2_tp", "zero1"), ("zero1", "fsdp_tp"), ("zero3", "one")]  # fmt: skip
+# The layout of steps 1 to 3, and that of steps 4 to 6. By default those that tests/faults/test_reshard.py has not.
+SWITCHES = [("tp_overlap", "zero3"), ("zero2_tp", "zero1"),
+            *(pytest.param(*pair, marks=pytest.mark.full)
+              for pair in [("one", "fsdp_tp"), ("fsdp_tp", "tp"), ("hsdp", "one"), ("zero3", "zero2_tp"), ("zero1", "fsdp_tp"),
+                           ("zero3", "one")])]  # fmt: skip
 
 
 def _go(corpus: Path, path: Path, layout: str, steps: int) -> None:

@@ -23,8 +23,10 @@ LAYOUTS = {
     "dualpipev_fsdp": (4, ["parallel.pp=2", "parallel.schedule=dualpipev", "engine=fsdp"]),
     "fsdp_tp": (4, ["engine=fsdp", "parallel.tp=2"]),
 }
-SWITCHES = [("one", "pp"), ("pp", "zbv_tp"), ("zbv_tp", "fsdp_tp"), ("fsdp_tp", "dualpipev_fsdp"),
-            ("dualpipev_fsdp", "interleaved"), ("interleaved", "pp_fsdp"), ("pp_fsdp", "one")]  # fmt: skip
+# By default those that tests/faults/test_reshard.py has not.
+SWITCHES = [("fsdp_tp", "dualpipev_fsdp"), ("dualpipev_fsdp", "interleaved"), ("interleaved", "pp_fsdp"),
+            *(pytest.param(*pair, marks=pytest.mark.full)
+              for pair in [("one", "pp"), ("pp", "zbv_tp"), ("zbv_tp", "fsdp_tp"), ("pp_fsdp", "one")])]  # fmt: skip
 
 
 def _go(corpus: Path, path: Path, layout: str, *more: str) -> None:
