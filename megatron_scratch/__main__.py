@@ -1,5 +1,5 @@
 """`python -m megatron_scratch VERB ...` is `megatron-scratch VERB ...`."""
 
-from megatron_scratch.cli import main
+from megatron_scratch.cli import entry
 
-raise SystemExit(main())
+entry()

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from megatron_scratch import __version__
 from megatron_scratch.util.errors import UserError, nearest
-from megatron_scratch.util.exits import FAILED, OK, exit_code
+from megatron_scratch.util.exits import FAILED, OK, exit_code, leave_with
 
 if TYPE_CHECKING:
     from megatron_scratch.config import Config
@@ -41,6 +41,11 @@ def main(argv: list[str] | None = None) -> int:
     """Run one verb; returns the exit code."""
     words = sys.argv[1:] if argv is None else argv
     return exit_code(lambda: _dispatch(words))
+
+
+def entry() -> NoReturn:
+    """The command `megatron-scratch`."""
+    leave_with(main)
 
 
 def _dispatch(words: list[str]) -> int:

@@ -199,4 +199,6 @@ def report(summary: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    from megatron_scratch.util.exits import leave_with
+
+    leave_with(main)

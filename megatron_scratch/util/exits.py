@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
+import os
 import sys
+import traceback
 from collections.abc import Callable
+from contextlib import suppress
+from typing import NoReturn
 
 from megatron_scratch.util.errors import RunFailed, StopRequested, UserError
 
@@ -26,6 +31,27 @@ def exit_code(work: Callable[[], object]) -> int:
         sys.stderr.close()
         return FAILED
     return result if isinstance(result, int) else OK
+
+
+def leave_with(work: Callable[[], int]) -> NoReturn:
+    """Run `work` and end this process with its exit code, but do not take the interpreter down.
+
+    gloo's threads outlive their process group (torch 2.13, three a group). One of them that lets go of a tensor while Python is
+    being taken down ends the process with "terminate called without an active exception" and exit code -6: seen once in a run
+    that had finished and saved all. What was registered with `atexit` is run, and output is flushed.
+    """
+    code = FAILED
+    try:
+        code = work()
+    except SystemExit as error:  # argparse
+        code = error.code if isinstance(error.code, int) else FAILED
+    except BaseException:
+        traceback.print_exc()
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # closed, or nobody reads it any more
+            stream.flush()
+    os._exit(code)
 
 
 def _say(word: str, error: object, code: int) -> int:
