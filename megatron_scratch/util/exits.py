@@ -36,9 +36,9 @@ def exit_code(work: Callable[[], object]) -> int:
 def leave_with(work: Callable[[], int]) -> NoReturn:
     """Run `work` and end this process with its exit code, but do not take the interpreter down.
 
-    gloo's threads outlive their process group (torch 2.13, three a group). One of them that lets go of a tensor while Python is
-    being taken down ends the process with "terminate called without an active exception" and exit code -6: seen once in a run
-    that had finished and saved all. What was registered with `atexit` is run, and output is flushed.
+    A rank that had finished and saved all ended once with "terminate called without an active exception" and exit code -6. The
+    only threads left by then are gloo's, which outlive their process group (torch 2.13, three a group), and that is how a thread
+    ends that turns to an interpreter which is being taken down. What was registered with `atexit` is run, output is flushed.
     """
     code = FAILED
     try:
