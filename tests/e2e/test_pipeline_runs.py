@@ -24,9 +24,9 @@ LAYOUTS = {
     "fsdp_tp": (4, ["engine=fsdp", "parallel.tp=2"]),
 }
 # By default those that tests/faults/test_reshard.py has not.
-SWITCHES = [("fsdp_tp", "dualpipev_fsdp"), ("dualpipev_fsdp", "interleaved"), ("interleaved", "pp_fsdp"),
+SWITCHES = [("zbv_tp", "fsdp_tp"), ("fsdp_tp", "dualpipev_fsdp"), ("dualpipev_fsdp", "interleaved"), ("interleaved", "pp_fsdp"),
             *(pytest.param(*pair, marks=pytest.mark.full)
-              for pair in [("one", "pp"), ("pp", "zbv_tp"), ("zbv_tp", "fsdp_tp"), ("pp_fsdp", "one")])]  # fmt: skip
+              for pair in [("one", "pp"), ("pp", "zbv_tp"), ("pp_fsdp", "one")])]  # fmt: skip
 
 
 def _go(corpus: Path, path: Path, layout: str, *more: str) -> None:
