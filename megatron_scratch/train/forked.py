@@ -49,9 +49,7 @@ def run_ranks(world: int, fn: Callable[..., Any], *args: Any, detail: bool = Fal
         answers = [_answer(pipe, timeout) for pipe in pipes]
         for process in processes:
             process.join()
-        answers = [
-            _why(tmp, number, processes[number].exitcode) if answer is None else answer for number, answer in enumerate(answers)
-        ]
+        answers = [answer or _why(tmp, number, processes[number].exitcode) for number, answer in enumerate(answers)]
     for kind, error in answers:
         if kind == "user":
             raise UserError(error)
