@@ -1,11 +1,11 @@
-"""Packaging that needs a line of code: the folder configs/ is installed as the package megatron_scratch.configs."""
+"""Packaging that needs lines of code: configs/ is installed as megatron_scratch.configs, launch/ as megatron_scratch.templates."""
 
 from setuptools import find_packages, setup
 
-CONFIGS = "megatron_scratch.configs"
+CONFIGS, TEMPLATES = "megatron_scratch.configs", "megatron_scratch.templates"
 
 setup(
-    packages=[*find_packages(include=["megatron_scratch", "megatron_scratch.*"]), CONFIGS],
-    package_dir={CONFIGS: "configs"},
-    package_data={CONFIGS: ["**/*.yaml"]},
+    packages=[*find_packages(include=["megatron_scratch", "megatron_scratch.*"]), CONFIGS, TEMPLATES],
+    package_dir={CONFIGS: "configs", TEMPLATES: "launch"},
+    package_data={CONFIGS: ["**/*.yaml"], TEMPLATES: ["*.sbatch", "*.sh", "*.yaml"]},
 )

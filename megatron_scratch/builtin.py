@@ -1,6 +1,7 @@
 """Every part that ships with the package, on one screen: kind, name, where it lives. Listing them imports none of them."""
 
 from megatron_scratch.config.engine import DDPConfig, FSDPConfig, HSDPConfig, Zero1Config, Zero2Config, Zero3Config
+from megatron_scratch.config.launcher import LauncherConfig, SlurmConfig
 from megatron_scratch.config.optim import (
     AdamWConfig,
     DecayConfig,
@@ -34,7 +35,6 @@ _PARTS = {
                  "interleaved_zero_bubble": "config.pipeline:INTERLEAVED_ZERO_BUBBLE", "zbv_zero_bubble": "config.pipeline:ZBV",
                  "dualpipev": "config.pipeline:DUALPIPEV"},
     "logging": {"console": "train.metrics:Console"},
-    "launcher": {"local": "launch.local:launch"},
     "sample_order": {"documents": "data.dataset:DocumentOrder", "contiguous": "data.dataset:ContiguousOrder"},
     "tokenizer_trainer": {"sentencepiece_bpe": "corpus.train_tokenizer:sentencepiece_bpe",
                           "sentencepiece_unigram": "corpus.train_tokenizer:sentencepiece_unigram",
@@ -45,6 +45,7 @@ _PARTS = {
 _ENGINES = {"ddp": ("ddp:DDPEngine", DDPConfig), "fsdp": ("fsdp:FSDPEngine", FSDPConfig), "hsdp": ("fsdp:FSDPEngine", HSDPConfig),
             "zero1": ("zero:ZeroEngine", Zero1Config), "zero2": ("zero:ZeroEngine", Zero2Config),
             "zero3": ("zero:ZeroEngine", Zero3Config)}  # fmt: skip
+_LAUNCHERS = {"local": ("local:launch", LauncherConfig), "slurm": ("slurm:launch", SlurmConfig)}
 _OPTIMIZERS = {"adamw": AdamWConfig, "sgd": SGDConfig, "lion": LionConfig, "muon": MuonConfig}
 _SCHEDULES = {"constant": ScheduleConfig, "linear": DecayConfig, "cosine": DecayConfig,
               "inverse_sqrt": FloorConfig, "wsd": WSDConfig}  # fmt: skip
@@ -57,6 +58,8 @@ def register_all() -> None:
             register(kind, name, f"{_P}.{target}")
     for name, (target, config) in _ENGINES.items():
         register("engine", name, f"{_P}.engine.{target}", config)
+    for name, (target, config) in _LAUNCHERS.items():
+        register("launcher", name, f"{_P}.launch.{target}", config)
     for name, config in _OPTIMIZERS.items():
         register("optim", name, f"{_P}.optim.optimizers:{name}", config)
     for name, config in _SCHEDULES.items():

@@ -22,7 +22,7 @@ from megatron_scratch.util.errors import UserError, choice, nearest
 from megatron_scratch.util.files import atomic_write
 
 PACKAGE = "megatron_scratch.configs"
-PER_ENTRY = ("engine", "optim", "schedule")  # sections whose keys depend on the entry they name
+PER_ENTRY = ("engine", "optim", "schedule", "launcher")  # sections whose keys depend on the entry they name
 
 
 def _store_schema() -> None:

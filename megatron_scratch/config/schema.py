@@ -10,6 +10,7 @@ from megatron_scratch.config.attention import check_attention
 from megatron_scratch.config.data import CorpusConfig, DataConfig, check_corpus, check_data
 from megatron_scratch.config.engine import EngineConfig, check_engine, check_reduction, replicas
 from megatron_scratch.config.fault import FaultConfig, check_fault, check_replicas
+from megatron_scratch.config.launcher import LauncherConfig, check_launcher
 from megatron_scratch.config.model import ModelConfig, check_model
 from megatron_scratch.config.optim import OptimConfig, ScheduleConfig, check_optim, check_schedule
 from megatron_scratch.config.pipeline import check_pipeline
@@ -18,7 +19,6 @@ from megatron_scratch.config.recompute import check_recompute
 from megatron_scratch.config.train import (
     BenchConfig,
     CheckpointConfig,
-    LauncherConfig,
     LoggingConfig,
     ParallelConfig,
     ParityConfig,
@@ -35,7 +35,7 @@ from megatron_scratch.util.errors import UserError, choice
 
 @dataclass
 class Config:
-    """One run. `engine`, `optim` and `schedule` hold the dataclass of the entry they name."""
+    """One run. `engine`, `optim`, `schedule` and `launcher` hold the dataclass of the entry they name."""
 
     name: str = "run"
     dir: str = "runs/${name}"
@@ -52,7 +52,7 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     fault: FaultConfig = field(default_factory=FaultConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
-    launcher: LauncherConfig = field(default_factory=LauncherConfig)
+    launcher: Any = field(default_factory=LauncherConfig)
     corpus: CorpusConfig = field(default_factory=CorpusConfig)
     bench: BenchConfig = field(default_factory=BenchConfig)
     parity: ParityConfig = field(default_factory=ParityConfig)
@@ -71,6 +71,7 @@ def check(cfg: Config, world: int, nodes: int = 1) -> None:
     check_corpus(cfg.corpus)
     for section in ("engine", "precision", "logging", "launcher"):
         choice(section, getattr(cfg, section).name, registry.names(section))
+    check_launcher(cfg.launcher)
     model_ranks = cfg.parallel.tp * cfg.parallel.pp * cfg.parallel.cp
     if world % model_ranks:
         raise UserError(f"the world of {world} processes is not divisible by parallel.tp x pp x cp = {model_ranks}; "

@@ -1,4 +1,4 @@
-"""The sections about the run itself: `train`, `parallel`, `checkpoint`, `logging`, `launcher`."""
+"""The sections about the run itself: `train`, `parallel`, `checkpoint`, `logging`."""
 
 from __future__ import annotations
 
@@ -75,14 +75,6 @@ class LoggingConfig:
     """JSONL is always on; this is what a person sees."""
 
     name: str = "console"
-
-
-@dataclass
-class LauncherConfig:
-    """local: this machine, as many processes as given."""
-
-    name: str = "local"
-    processes: Optional[int] = None  # None: all local GPUs, or the fewest that the layout needs
 
 
 @dataclass

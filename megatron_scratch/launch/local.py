@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -12,7 +11,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from megatron_scratch.config import Config, compose
-from megatron_scratch.util.env import Rank
+from megatron_scratch.util.env import Rank, everything
 from megatron_scratch.util.exits import BAD_INPUT, FAILED, OK
 
 GRACE = 60.0  # seconds that the other ranks get to end by themselves, once one has failed
@@ -41,7 +40,7 @@ def launch(cfg: Config, world: int) -> int:
 
 def _start(tmp: Path, rank: int, world: int, log: Path, stack: ExitStack) -> subprocess.Popen[bytes]:
     """Start one rank. The main one keeps the terminal; what the others print goes to their log files."""
-    env = {**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
+    env = {**everything(), "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
     out = None if rank == 0 else stack.enter_context(open(log, "ab"))
     command = [sys.executable, "-m", "megatron_scratch.train.worker", str(tmp / "config.yaml"), "--store", str(tmp / "store")]
     # A session of its own: Ctrl-C reaches this process alone, which passes it on once.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from megatron_scratch import registry
 from megatron_scratch.config import Config, check
+from megatron_scratch.config.launcher import ClusterConfig, check_launcher
 from megatron_scratch.config.train import check_parallel
 from megatron_scratch.data.loader import open_data
 from megatron_scratch.util.errors import UserError
@@ -11,12 +12,13 @@ from megatron_scratch.util.machine import local_gpus
 
 
 def world_size(cfg: Config) -> int:
-    """Processes of a local run: as given, all local GPUs, or the fewest that the layout needs."""
+    """Processes of a run: of the cluster's nodes; here as given, all local GPUs, or the fewest that the layout needs."""
     check_parallel(cfg.parallel)
+    check_launcher(cfg.launcher)
+    if isinstance(cfg.launcher, ClusterConfig):
+        return cfg.launcher.nodes * cfg.launcher.gpus_per_node
     need = cfg.parallel.tp * cfg.parallel.pp * cfg.parallel.cp * (getattr(cfg.engine, "replicas", None) or 1)
     if cfg.launcher.processes is not None:
-        if cfg.launcher.processes < 1:
-            raise UserError(f"launcher.processes={cfg.launcher.processes} must be at least 1")
         return cfg.launcher.processes
     return max(need, local_gpus() // need * need)
 

@@ -28,6 +28,7 @@ class RunDir:
         self.ledger = self.path / "ledger.jsonl"
         self.logs = self.path / "logs"
         self.plot = self.path / "loss.png"
+        self.stop = self.path / "stop"  # a file that anyone may make: the run saves and ends, and does not start while it is there
 
     def log_file(self, rank: int) -> Path:
         return self.logs / f"rank_{rank:05d}.log"
@@ -42,6 +43,11 @@ class RunDir:
             probe.unlink()
         except OSError as error:
             raise UserError(f"dir={self.path} cannot be written: {error.strerror}; give another dir=") from error
+
+    def check_stop(self) -> None:
+        """Refuse to start a run that was asked to stop and stay stopped."""
+        if self.stop.exists():
+            raise UserError(f"{self.stop} is there, which stops the run; remove it to go on")
 
     @contextmanager
     def locked(self) -> Iterator[None]:

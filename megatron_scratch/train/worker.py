@@ -39,12 +39,18 @@ from megatron_scratch.train.rundir import RunDir
 from megatron_scratch.train.saving import SaveCheckpoint
 from megatron_scratch.train.scaler import loss_scaler
 from megatron_scratch.train.step import StepResult, TrainStep
-from megatron_scratch.util.env import Rank, read_rank
+from megatron_scratch.util.env import Rank, node_name, read_rank
 from megatron_scratch.util.errors import RunFailed, StopRequested
+from megatron_scratch.util.exits import FAILED, OK, STOPPED, exit_code, outcome
+from megatron_scratch.util.starts import End, Start
 
 
-def run(cfg: Config, rank: Rank, store_file: Path | None = None) -> dict[str, Any]:
+def run(cfg: Config, rank: Rank, store_file: Path | None = None, start: Path | None = None) -> dict[str, Any]:
     """Train as one rank. Returns what the run came to: steps, losses, paths.
+
+    Args:
+        store_file: where the ranks of one machine meet; None: at the address that torchrun or Slurm gives.
+        start: the folder of a Slurm job's start; a file `stop` in it asks to save and end.
 
     Raises:
         UserError: the run cannot start as asked. RunFailed: it cannot go on. StopRequested: it was told to stop, and saved.
@@ -53,10 +59,12 @@ def run(cfg: Config, rank: Rank, store_file: Path | None = None) -> dict[str, An
     registry.load_plugins(cfg.plugins)
     run_dir = RunDir(cfg.dir)
     with ExitStack() as stack:
-        stop = stack.enter_context(StopFlag().listening())
+        files = [run_dir.stop, *([start / "stop"] if start else [])] if rank.rank == 0 else []
+        stop = stack.enter_context(StopFlag(files).listening())
         number = 0
         if rank.rank == 0:
             run_dir.create()
+            run_dir.check_stop()
             stack.enter_context(run_dir.locked())
             number = Attempt.claim(run_dir.checkpoints).number
         topo = stack.enter_context(build.process_group(cfg, rank, store_file))
@@ -106,9 +114,9 @@ def _train(cfg: Config, topo: Topology, run_dir: RunDir, attempt: Attempt, view:
     saves.tidy()
 
     dropout = cfg.seed if cfg.model.dropout > 0 else None
-    rate, asked = build.learning_rate(cfg), lambda: bool(stop.reason)
+    rate = build.learning_rate(cfg)
     step: Callable[[int], StepResult]
-    step = TrainStep(passes, build.loader(cfg, data.train, topo), plan, topo, rate, dropout, asked, guard, saver.copied)
+    step = TrainStep(passes, build.loader(cfg, data.train, topo), plan, topo, rate, dropout, stop.asked, guard, saver.copied)
     if cfg.fault.spike == "rollback":
 
         def newest() -> int | None:
@@ -172,22 +180,33 @@ def _finish(cfg: Config, topo: Topology, run_dir: RunDir, view: View, done: int,
 
 
 def main() -> int:
-    """What the local launcher starts: `python -m megatron_scratch.train.worker CONFIG --store FILE`."""
-    from megatron_scratch.util.exits import exit_code
+    """What launchers start: `python -m megatron_scratch.train.worker CONFIG [--store FILE] [--start-folder FOLDER]`."""
     from megatron_scratch.util.machine import die_with_parent
 
     die_with_parent()
     parser = argparse.ArgumentParser()
     parser.add_argument("config", type=Path)
-    parser.add_argument("--store", type=Path, required=True)
+    parser.add_argument("--store", type=Path)
+    parser.add_argument("--start-folder", type=Path)
     args = parser.parse_args()
+    rank = read_rank()
 
     def work() -> None:
-        summary = run(compose.load_file(args.config), read_rank(), args.store)
-        if read_rank().rank == 0:
+        summary = run(compose.load_file(args.config), rank, args.store, args.start_folder)
+        if rank.rank == 0:
             report(summary)
 
-    return exit_code(work)
+    return exit_code(work) if args.start_folder is None else _supervised(work, Start(args.start_folder), rank)
+
+
+def _supervised(work: Callable[[], None], start: Start, rank: Rank) -> int:
+    """Write down how this rank ends. A stop is no failure here: torchrun would start the ranks again, Slurm end the other nodes."""
+    code, message = FAILED, "a bug; its log has the traceback"
+    try:
+        code, message = outcome(work)
+    finally:
+        start.end(End(rank.rank, node_name(), code, message))
+    return OK if code == STOPPED else code
 
 
 def report(summary: dict[str, Any]) -> None:

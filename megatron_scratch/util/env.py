@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -46,6 +47,47 @@ def master(env: Mapping[str, str] | None = None) -> tuple[str, int]:
     """(address, port) where the ranks of a job meet, as torchrun or an sbatch script set them."""
     env = os.environ if env is None else env
     return env["MASTER_ADDR"], int(env["MASTER_PORT"])
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """What Slurm has given a batch script."""
+
+    job: int
+    restarts: int  # how often Slurm has requeued it
+    nodes: str  # as Slurm writes them: node[1-2]
+    name: str
+
+
+def read_allocation(env: Mapping[str, str] | None = None) -> Allocation | None:
+    """The job whose batch script this process is; None outside of Slurm."""
+    env = os.environ if env is None else env
+    if "SLURM_JOB_ID" not in env or "SLURM_JOB_NODELIST" not in env:
+        return None
+    restarts = int(env.get("SLURM_RESTART_COUNT", "0"))
+    return Allocation(int(env["SLURM_JOB_ID"]), restarts, env["SLURM_JOB_NODELIST"], env.get("SLURM_JOB_NAME", ""))
+
+
+def node_number(env: Mapping[str, str] | None = None) -> int:
+    """Which node of its step this process is on, in Slurm's order."""
+    env = os.environ if env is None else env
+    return int(env["SLURM_NODEID"])
+
+
+def node_name(env: Mapping[str, str] | None = None) -> str:
+    """Slurm's name of this node, which is what it excludes by; elsewhere the host's own."""
+    env = os.environ if env is None else env
+    return env.get("SLURMD_NODENAME", "") or socket.gethostname().split(".")[0]
+
+
+def everything() -> dict[str, str]:
+    """A copy of this process's variables, to hand on to a process that it starts."""
+    return dict(os.environ)
+
+
+def prepare_elastic() -> None:
+    """Before torchrun begins: without this, restarted ranks read the addresses of dead ones (torch 2.13, pytorch issue 135712)."""
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
 
 
 def prepare_deepspeed(local_rank: int, cpu: bool) -> None:

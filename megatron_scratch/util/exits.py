@@ -17,6 +17,11 @@ OK, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 75
 
 def exit_code(work: Callable[[], object]) -> int:
     """Run `work`; what it raises becomes one last line on stderr and an exit code. Our own bugs keep their traceback."""
+    return outcome(work)[0]
+
+
+def outcome(work: Callable[[], object]) -> tuple[int, str]:
+    """Like `exit_code`; the code and what was said last."""
     try:
         result = work()
     except UserError as error:
@@ -29,8 +34,8 @@ def exit_code(work: Callable[[], object]) -> int:
         return _say("interrupted", "nothing more was saved", 130)
     except BrokenPipeError:  # `megatron-scratch ... | head`
         sys.stderr.close()
-        return FAILED
-    return result if isinstance(result, int) else OK
+        return FAILED, "its output was closed"
+    return result if isinstance(result, int) else OK, ""
 
 
 def leave_with(work: Callable[[], int]) -> NoReturn:
@@ -54,8 +59,8 @@ def leave_with(work: Callable[[], int]) -> NoReturn:
     os._exit(code)
 
 
-def _say(word: str, error: object, code: int) -> int:
+def _say(word: str, error: object, code: int) -> tuple[int, str]:
     # One write, newline included: print() makes two on an unbuffered stream, and ranks that fail together glue their lines.
     sys.stderr.write(f"{word}: {error}\n")
     sys.stderr.flush()
-    return code
+    return code, str(error)
