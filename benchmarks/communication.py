@@ -84,7 +84,7 @@ def measure(rank: Rank, cfg: Config, counts: tuple[int, ...] = MICROBATCHES) -> 
         train = replace(cfg.train, global_batch_size=m * cfg.train.global_batch_size)
         return TrainStep(passes, build.loader(cfg, Tokens(), topo), BatchPlan(train), topo, lambda _: 1e-3, None, lambda: False)
 
-    for first in range(2):  # DDP makes its buckets in the first, and tells of them in the second
+    for first in range(2):  # FSDP sets itself up in the first
         steps(1)(first)
     found = []
     for m in counts:

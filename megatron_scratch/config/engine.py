@@ -20,7 +20,7 @@ class EngineConfig:
 
 @dataclass
 class DDPConfig(EngineConfig):
-    """Every data-parallel rank holds all of it; gradients are summed (PyTorch DistributedDataParallel)."""
+    """Every data-parallel rank holds all of it; gradients are summed."""
 
     bucket_mb: int = 25  # gradients are all-reduced in pieces of this size while backward goes on
 

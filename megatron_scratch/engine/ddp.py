@@ -1,48 +1,34 @@
 """Data parallel: every rank holds the whole model, gradients are summed in buckets while backward goes on."""
 
-# No `from __future__ import annotations`: DDP reads the types of its hook and does not take strings.
-import inspect
+from __future__ import annotations
+
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from megatron_scratch.config.engine import DDPConfig
 from megatron_scratch.engine.base import Parts
+from megatron_scratch.engine.buckets import Buckets
 from megatron_scratch.engine.torch_engine import TorchEngine
 from megatron_scratch.parallel.layout import keep_copies, localize
 
-# torch 2.13 renamed the argument and warns of the old name; 2.11 knows only the old one.
-_DDP_ARGUMENTS = inspect.signature(DistributedDataParallel.__init__).parameters
-_SYNC_BUFFERS = "forward_sync_buffers" if "forward_sync_buffers" in _DDP_ARGUMENTS else "broadcast_buffers"
-
-
-def _sum_bucket(group: dist.ProcessGroup, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
-    """DDP's default divides by the number of ranks. The loss already is a part of the global mean, so gradients only add."""
-    work = dist.all_reduce(bucket.buffer(), group=group, async_op=True)
-    return work.get_future().then(lambda done: done.value()[0])
-
 
 class DDPEngine(TorchEngine):
-    """`torch.nn.parallel.DistributedDataParallel` over the dp axis; over one rank, nothing at all.
+    """Gradients are summed over the dp axis, not averaged: the loss already is a part of the global mean.
 
-    The stages of a pipeline are not wrapped: DDP counts one forward, one backward, and has been seen to give wrong gradients,
-    silently, where a schedule computes weight gradients by themselves (torch 2.13). They are summed as soon as a stage has all of
-    its microbatches, while other stages go on.
+    The gradients of a pipeline's stage are summed as soon as it has all of its microbatches, while other stages go on; without a
+    pipeline, each bucket as soon as the last backward has filled it.
     """
 
     def __init__(self, cfg: DDPConfig, parts: Parts) -> None:
         layouts = {name: layout for core in parts.cores for name, layout in localize(core).items()}  # buckets are of plain tensors
         parts.fill()
-        self.calls, self.group, self.bucket = parts.models, parts.topo.group("dp"), cfg.bucket_mb * 2**20
-        if self.group is not None and parts.topo.size("pp") == 1:
-            self.calls = (_wrap(cfg, parts.models[0], self.group, parts.topo.device),)
-        self.of_stage = [list(core.parameters()) for core in parts.cores]
-        self.sums: list[tuple[dist.Work, torch.Tensor, list[torch.Tensor]]] = []
+        group = parts.topo.group("dp")
+        self.calls, self.cores = parts.models, parts.cores
+        size = cfg.bucket_mb * 2**20
+        self.buckets = [] if group is None else [Buckets(list(core.parameters()), group, size) for core in parts.cores]
         super().__init__(layouts, parts)
         self._changed()
 
@@ -50,16 +36,17 @@ class DDPEngine(TorchEngine):
         """A pipeline's microbatches share the weights that they compute with, until these change."""
         super()._changed()
         if self.topo.size("pp") > 1:
-            keep_copies(p for parameters in self.of_stage for p in parameters)
+            keep_copies(p for core in self.cores for p in core.parameters())
 
     def forward(self, *args: Any) -> torch.Tensor:
         return self.calls[0](*args)  # type: ignore[no-any-return]
 
     @contextmanager
     def microbatch(self, last: bool) -> Iterator[None]:
-        wrapped = self.calls[0]
-        with nullcontext() if last or not isinstance(wrapped, DistributedDataParallel) else wrapped.no_sync():
-            yield
+        if last:
+            for buckets in self.buckets:
+                buckets.watch()
+        yield
         if last:
             self.finish_gradients()
 
@@ -67,34 +54,11 @@ class DDPEngine(TorchEngine):
         """They are where they belong."""
 
     def reduce(self, stage: int) -> None:
-        if self.group is None:
-            return
-        bucket: list[torch.Tensor] = []
-        for gradient in (p.grad for p in self.of_stage[stage] if p.grad is not None):
-            bucket.append(gradient)
-            if sum(g.nbytes for g in bucket) >= self.bucket:
-                self._sum(bucket)
-                bucket = []
-        self._sum(bucket)
-
-    def _sum(self, bucket: list[torch.Tensor]) -> None:
-        if bucket:
-            flat = torch.cat([g.flatten() for g in bucket])
-            self.sums.append((dist.all_reduce(flat, group=self.group, async_op=True), flat, bucket))
+        """All gradients of a stage are there: send them."""
+        for buckets in self.buckets[stage : stage + 1]:
+            buckets.send()
 
     def finish_gradients(self) -> None:
-        for work, flat, bucket in self.sums:
-            work.wait()
-            for gradient, part in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
-                gradient.copy_(part.view_as(gradient))
-        self.sums.clear()
+        for buckets in self.buckets:
+            buckets.finish()
         super().finish_gradients()
-
-
-def _wrap(cfg: DDPConfig, model: nn.Module, group: dist.ProcessGroup, device: torch.device) -> DistributedDataParallel:
-    ids = [device.index] if device.type == "cuda" else None
-    # Buffers are constants here: never synced. gradient_as_bucket_view saves one copy of the gradients.
-    wrapped = DistributedDataParallel(model, device_ids=ids, process_group=group, bucket_cap_mb=cfg.bucket_mb,
-                                      gradient_as_bucket_view=True, **{_SYNC_BUFFERS: False})  # fmt: skip
-    wrapped.register_comm_hook(group, _sum_bucket)
-    return wrapped

@@ -26,8 +26,7 @@ def run_ranks(world: int, fn: Callable[..., Any], *args: Any, detail: bool = Fal
 
     Args:
         fn: takes a `Rank`; it may be any function, as nothing is sent to a forked process. What it returns travels through a pipe.
-        detail: torch's checks that all ranks issue the same collectives. DistributedDataParallel segfaults under them (torch 2.13)
-            when its group comes from a mesh.
+        detail: torch's checks that all ranks issue the same collectives.
         timeout: seconds for one collective, and for all of it.
 
     Raises:

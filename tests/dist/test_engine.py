@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 import pytest
@@ -11,6 +12,7 @@ from torch import nn
 
 from megatron_scratch.config.engine import DDPConfig
 from megatron_scratch.engine import Parts
+from megatron_scratch.engine.buckets import Buckets
 from megatron_scratch.engine.ddp import DDPEngine
 from megatron_scratch.parallel import SINGLE, Topology, materialize, shard_param
 from megatron_scratch.parallel.layout import normal
@@ -64,7 +66,7 @@ def _train(topo: Topology, micro: int, clip: float) -> tuple[list[float], dict[s
 @pytest.mark.parametrize("clip", [0.0, 0.05])
 def test_ddp_equals_one_process(world: int, micro: int, clip: float) -> None:
     norms, state = _train(SINGLE, ROWS, clip)
-    for got_norms, got in [_train(SINGLE, micro, clip)] if world == 1 else run_ranks(world, _train, micro, clip, detail=False):
+    for got_norms, got in [_train(SINGLE, micro, clip)] if world == 1 else run_ranks(world, _train, micro, clip):
         # fp32 sums of 8 rows in another order: a few ulp (1.2e-7) each; AdamW divides by sqrt(v), which magnifies them.
         assert got_norms == pytest.approx(norms, rel=2e-6)
         assert set(got) == set(state) and {k.split(".")[0] for k in got} == {"model", "optim"}
@@ -94,7 +96,7 @@ def test_norm_and_clipping_are_torchs() -> None:
 def _reductions(topo: Topology) -> int:
     """All-reduces of gradient buckets in a step of four microbatches."""
     engine, calls = build(topo, 0.0), []
-    import megatron_scratch.engine.ddp as module
+    import megatron_scratch.engine.buckets as module
 
     whole = module.dist.all_reduce
     module.dist.all_reduce = lambda *a, **k: (calls.append(1), whole(*a, **k))[1]
@@ -106,4 +108,29 @@ def _reductions(topo: Topology) -> int:
 
 
 def test_gradients_are_reduced_once_a_step() -> None:
-    assert run_ranks(2, _reductions, detail=False) == [1, 1]
+    assert run_ranks(2, _reductions) == [1, 1]
+
+
+def _messages(topo: Topology) -> tuple[list[int], int, list[float]]:
+    """(numbers in each message, those sent before backward was over, sums) of a step with a parameter that has no gradient."""
+    parameters = [nn.Parameter(torch.full((n,), 1.0)) for n in (300_000, 3, 200, 300_000, 7)]
+    buckets, sent = Buckets(parameters, topo.group("dp"), 800_000), []
+    whole = buckets._send
+
+    def send(bucket: Sequence[nn.Parameter]) -> None:
+        whole(bucket)
+        sent.append(sum(p.numel() for p in bucket if p.grad is not None))
+
+    buckets._send = send  # type: ignore[method-assign]
+    for last in (False, True):
+        if last:
+            buckets.watch()
+        sum((p * (topo.rank + 1)).sum() for i, p in enumerate(parameters) if i != 1).backward()
+        early = len(sent)
+    buckets.finish()
+    return sent, early, [p.grad[0].item() for p in parameters if p.grad is not None]
+
+
+def test_buckets() -> None:
+    """Cut in the order of backward, sent once each in that order, while backward goes on; then a gradient is the sum over ranks."""
+    assert run_ranks(2, _messages) == [([300_007, 300_200], 1, [6.0] * 4)] * 2

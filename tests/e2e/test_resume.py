@@ -59,6 +59,21 @@ def test_stopped_by_a_signal(world: int, corpus: Path, tmp_path: Path, uninterru
     assert weights(tmp_path / "r", STEPS) == weights(uninterrupted[world, "adamw"], STEPS)
 
 
+FOUR = {"ddp": [], "fsdp": [], "hsdp": ["engine.replicas=2"], "zero1": [], "zero2": [], "zero3": []}
+
+
+@pytest.mark.parametrize("engine", [e if e in ("ddp", "fsdp") else pytest.param(e, marks=pytest.mark.full) for e in FOUR])
+def test_four_ranks_add_up_in_the_same_order(engine: str, corpus: Path, tmp_path: Path) -> None:
+    """a + b is b + a, but the order in which four numbers are added up shows: a first step must have that of a later one."""
+    words = [*LONG, f"engine={engine}", *FOUR[engine]]
+    assert run(config(corpus, tmp_path / "whole", *words, world=4), 4) == [0] * 4
+    cfg = config(corpus, tmp_path / "r", *words, world=4)
+    assert -signal.SIGKILL in run(cfg, 4, kill_after("megatron_scratch.train.step:TrainStep.gradients", 5))
+    assert run(cfg, 4) == [0] * 4
+    assert rows(tmp_path / "r") == rows(tmp_path / "whole")
+    assert weights(tmp_path / "r", STEPS) == weights(tmp_path / "whole", STEPS)
+
+
 def test_a_corrupt_checkpoint_is_passed_over(corpus: Path, tmp_path: Path, uninterrupted: dict[tuple[int, str], Path]) -> None:
     cfg = config(corpus, tmp_path / "r", *LONG, "checkpoint.keep_last=0")
     run(cfg, 1, kill_after("megatron_scratch.engine.ddp:DDPEngine.update", 8))

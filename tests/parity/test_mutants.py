@@ -3,7 +3,9 @@
 The ranks are forked, so they inherit the mutant; the one process that they are compared with has no collectives for it to be in.
 """
 
-from collections.abc import Callable
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ import torch.distributed as dist
 from cells import Cell, References, compare
 
 from megatron_scratch.engine import clip, ddp, fsdp, torch_engine
+from megatron_scratch.engine.buckets import Buckets
 from megatron_scratch.engine.torch_engine import TorchEngine
 from megatron_scratch.models import decoder, dropout, linear, objective
 from megatron_scratch.parallel import tensor
@@ -35,10 +38,13 @@ def method(owner: type, name: str, new: Callable[..., Any]) -> Patch:
     return replace(owner, name, staticmethod(new))
 
 
-# DDP reads the annotations of its hook.
-def average(group: dist.ProcessGroup, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
-    work = dist.all_reduce(bucket.buffer().div_(2), group=group, async_op=True)
-    return work.get_future().then(lambda done: done.value()[0])
+def average(self: Buckets, bucket: Sequence[torch.nn.Parameter]) -> None:
+    for parameter in bucket:
+        parameter.grad /= 2
+    send(self, bucket)
+
+
+send = Buckets._send
 
 
 def rank_in_seed(*parts: object) -> int:
@@ -81,7 +87,7 @@ COUNTS: list[Mutant] = [
     ("a norm counted short: only what this rank holds",
      replace(clip, "all_reduce_world", lambda x, topo: x), SHARDED, [], "gradient norm"),
     ("gradients averaged over dp",
-     replace(ddp, "_sum_bucket", average), LLAMA, [], "gradient"),
+     replace(Buckets, "_send", average), LLAMA, [], "gradient"),
     ("gradients of fsdp averaged over dp",
      replace(fsdp.FSDPModule, "set_gradient_divide_factor", lambda self, factor: None), SHARDED, [], "gradient"),
     ("tokens counted by every tp rank",
