@@ -1,7 +1,7 @@
 """Every part that ships with the package, on one screen: kind, name, where it lives. Listing them imports none of them."""
 
 from megatron_scratch.config.engine import DDPConfig, FSDPConfig, HSDPConfig, Zero1Config, Zero2Config, Zero3Config
-from megatron_scratch.config.launcher import LauncherConfig, SlurmConfig
+from megatron_scratch.config.launcher import KubernetesConfig, LauncherConfig, SlurmConfig
 from megatron_scratch.config.optim import (
     AdamWConfig,
     DecayConfig,
@@ -45,7 +45,8 @@ _PARTS = {
 _ENGINES = {"ddp": ("ddp:DDPEngine", DDPConfig), "fsdp": ("fsdp:FSDPEngine", FSDPConfig), "hsdp": ("fsdp:FSDPEngine", HSDPConfig),
             "zero1": ("zero:ZeroEngine", Zero1Config), "zero2": ("zero:ZeroEngine", Zero2Config),
             "zero3": ("zero:ZeroEngine", Zero3Config)}  # fmt: skip
-_LAUNCHERS = {"local": ("local:launch", LauncherConfig), "slurm": ("slurm:launch", SlurmConfig)}
+_LAUNCHERS = {"local": ("local:launch", LauncherConfig), "slurm": ("slurm:launch", SlurmConfig),
+              "kubernetes": ("kubernetes:launch", KubernetesConfig)}  # fmt: skip
 _OPTIMIZERS = {"adamw": AdamWConfig, "sgd": SGDConfig, "lion": LionConfig, "muon": MuonConfig}
 _SCHEDULES = {"constant": ScheduleConfig, "linear": DecayConfig, "cosine": DecayConfig,
               "inverse_sqrt": FloorConfig, "wsd": WSDConfig}  # fmt: skip

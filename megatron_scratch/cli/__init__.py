@@ -15,6 +15,8 @@ USAGE = """megatron-scratch VERB [key=value ...]
   data prepare   raw text to an indexed dataset        corpus.input=PATHS corpus.output=DIR
   data inspect   what is in a dataset                  DIR [document=N]
   train          pretrain, or go on where it stopped   data.dir=DIR [any config key]
+  train -m       a sweep, one run a point              optim.lr=1e-3,1e-4 [any config key]
+  report         what the points of a sweep came to    --sweep DIR [json=true]
   eval           loss, perplexity, bits per byte       RUN [data=DIR]
   generate       text from a trained model             RUN [prompt=TEXT] [max_new_tokens=N] [temperature=T]
   parity         the same numbers under this layout?   [any config key]
@@ -33,13 +35,13 @@ USAGE = """megatron-scratch VERB [key=value ...]
 VERBS = {
     "data prepare": "data:prepare", "data inspect": "data:inspect",
     "train": "runs:train", "eval": "runs:evaluate", "generate": "runs:generate", "parity": "runs:parity", "bench": "runs:bench",
-    "doctor": "runs:doctor",
+    "doctor": "runs:doctor", "report": "report:report",
     "ckpt ls": "ckpt:ls", "ckpt inspect": "ckpt:inspect", "ckpt verify": "ckpt:verify", "ckpt diff": "ckpt:diff",
     "ckpt export-hf": "ckpt:export_hf", "ckpt import-hf": "ckpt:import_hf",
 }  # fmt: skip
 """Verb -> module of this package and its function, which takes the words after the verb and returns the exit code."""
 
-LATER = ("plan", "report", "data clean", "data dedup", "data tokenizer", "data tokenize")
+LATER = ("plan", "data clean", "data dedup", "data tokenizer", "data tokenize")
 
 
 def main(argv: list[str] | None = None) -> int:

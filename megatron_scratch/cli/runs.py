@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from megatron_scratch.cli.words import composed
+from megatron_scratch.cli.words import MULTIRUN, composed
 from megatron_scratch.util.errors import UserError
 from megatron_scratch.util.exits import FAILED, OK
 
 
 def train(words: list[str]) -> int:
+    if any(word in MULTIRUN for word in words):
+        from megatron_scratch.cli.sweep import sweep
+
+        return sweep(words)
     cfg = composed(words)
     if cfg is None:
         return OK

@@ -9,6 +9,8 @@ from megatron_scratch.util.errors import UserError
 if TYPE_CHECKING:
     from megatron_scratch.config import Config
 
+MULTIRUN = ("-m", "--multirun")
+
 
 def composed(words: list[str]) -> Config | None:
     """The config of a verb, or None when it was only to be shown."""
@@ -33,8 +35,8 @@ def options(words: list[str]) -> tuple[list[str], list[str], bool]:
             show = True
         elif word == "--config-dir" or word.startswith("--config-dir="):
             folders.append(word.partition("=")[2] or next(rest, ""))
-        elif word in ("-m", "--multirun"):
-            raise UserError("-m (sweeps) is not in this version; run each point with its own name=")
+        elif word in MULTIRUN:
+            raise UserError(f"{word} sweeps `train`, no other verb")
         elif word.startswith("-"):
             raise UserError(f"{word} is not an option; allowed: --print, --config-dir DIR")
         else:

@@ -56,10 +56,15 @@ def load(overrides: list[str], config_dirs: list[str] | None = None) -> Config:
     try:
         GlobalHydra.instance().clear()
         with initialize_config_module(PACKAGE, version_base="1.3"):
-            composed = compose("config", overrides=searchpath + overrides)
+            composed = compose("config", overrides=searchpath + [_free(word) for word in overrides])
         return to_config(composed)
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_one_line(error, overrides)) from error
+
+
+def _free(word: str) -> str:
+    """`launcher.sbatch.nice=100` names a key of the user's own; Hydra adds one to a dictionary only where it is told to."""
+    return f"++{word}" if re.match(r"launcher\.sbatch(\.[\w-]+=|=\{)", word) else word
 
 
 def to_config(composed: DictConfig) -> Config:
@@ -162,6 +167,9 @@ def _one_line(error: Exception, overrides: list[str]) -> str:
     if found := re.search(r"(Value .*?)\s+full_key: ([\w.\[\]]+)", chain):
         value, key = found.group(1), found.group(2)
         return f"{key}: {_plain(value)}{_given(key, overrides)}"
+    if re.search(r"mismatched input|NoViableAlt|extraneous input|token recognition", text):
+        shown = re.sub(r"^\w+Exception: | \^? ?See https.*", "", text)
+        return f"{shown}: write a value with one of []{{}}(),:&= or a space in two pairs of quotes, key='\"a[1-3]\"'"
     if found := re.search(r"Interpolation key '([\w.]+)' not found", chain):
         return f"${{{found.group(1)}}} in a config points to no key{nearest(found.group(1), _all_keys())}"
     return text

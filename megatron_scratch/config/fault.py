@@ -1,5 +1,5 @@
-"""The `fault` section: what a run does about numbers that are not finite, loss spikes, and replicas that drift apart. See
-docs/faults.md."""
+"""The `fault` section: what a run does about numbers that are not finite, loss spikes, replicas that drift apart, ranks
+that hang or are slow. See docs/faults.md."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from megatron_scratch.util.errors import UserError, choice
 
 NONFINITE = ("stop", "skip")
 SPIKE = ("log", "skip", "rollback")
+LEAST_TIMEOUT, MOST_TIMEOUT = 1.0, 86400.0  # seconds
+SHARED_FORWARD = ("fsdp", "zero3")  # engines in whose forward all data-parallel ranks wait for each other
 
 
 @dataclass
@@ -24,6 +26,8 @@ class FaultConfig:
     max_skips: int = 10  # of nonfinite=skip and spike=skip, in a row; one more ends the run
     max_rollbacks: int = 3  # of a run; one more ends it
     replica_check_every: int = 0  # steps after which ranks that hold copies compare them; 0: only before each checkpoint
+    hang_timeout: float = 600.0  # seconds without any progress, after which the run ends and says who holds it up; 0: never
+    straggler: float = 1.5  # a rank whose forward pass takes so many times the median's is named; 0: none is
 
 
 def check_fault(f: FaultConfig, steps: int, save_every: int) -> None:
@@ -37,6 +41,11 @@ def check_fault(f: FaultConfig, steps: int, save_every: int) -> None:
     for key, least in (("max_skips", 1), ("max_rollbacks", 1), ("replica_check_every", 0)):
         if getattr(f, key) < least:
             raise UserError(f"fault.{key}={getattr(f, key)} must be at least {least}")
+    if f.hang_timeout != 0 and not LEAST_TIMEOUT <= f.hang_timeout <= MOST_TIMEOUT:
+        raise UserError(f"fault.hang_timeout={f.hang_timeout:g} must be 0 (no verdict), or seconds between {LEAST_TIMEOUT:g} and "
+                        f"{MOST_TIMEOUT:g} (a day)")  # fmt: skip
+    if f.straggler != 0 and not 1 < f.straggler < math.inf:
+        raise UserError(f"fault.straggler={f.straggler:g} must be 0 (nobody is named), or above 1: a multiple of the median")
     _check_effects(f, steps, save_every)
 
 
@@ -63,3 +72,11 @@ def check_replicas(f: FaultConfig, engine: str, dp: int) -> None:
         why = f"on {dp} data-parallel rank" if engine == "ddp" else f"with engine={engine}, which cuts all that it keeps"
         raise UserError(f"fault.replica_check_every={f.replica_check_every} has no effect {why}: there are no copies to compare; "
                         "leave it out, or use engine=ddp or hsdp over several ranks")  # fmt: skip
+    if f.straggler not in (0, FaultConfig.straggler) and not comparable(f, engine, dp):
+        raise UserError(f"fault.straggler={f.straggler:g} has no effect with engine={engine} on {dp} data-parallel rank"
+                        f"{'s' * (dp > 1)}: no two do the same forward pass apart from each other; leave it out")  # fmt: skip
+
+
+def comparable(f: FaultConfig, engine: str, dp: int) -> bool:
+    """Whether slow ranks can be told from others: some do the same work in forward, without messages to each other."""
+    return f.straggler > 0 and dp > 1 and engine not in SHARED_FORWARD

@@ -78,12 +78,46 @@ class SlurmConfig(ClusterConfig):
     python: str = ""  # the interpreter on the nodes; empty: this one
 
 
+@dataclass
+class KubernetesConfig(ClusterConfig):
+    """One JobSet or PyTorchJob, a pod a node. Empty and None: not asked for."""
+
+    name: str = "kubernetes"
+    kind: str = "jobset"  # or pytorchjob, of Kubeflow's training operator
+    namespace: str = ""
+    volume: str = ""  # a PersistentVolumeClaim (ReadWriteMany) with the data and the run directory
+    host_path: str = ""  # or a folder that every node has at this path
+    mount: str = "/work"  # where pods see it; relative paths of the config are below it
+    cpus: str = ""  # of a pod: 96, 500m
+    memory: str = ""  # of a pod: 1500Gi
+    shm: str = "16Gi"  # /dev/shm, which NCCL's ranks of one node talk through; counts as memory
+    gpu_resource: str = "nvidia.com/gpu"
+    resources: list[str] = field(default_factory=list)  # further ones of a pod: NAME:QUANTITY, such as rdma/hca:8
+    grace_seconds: int = 300  # between SIGTERM and SIGKILL: time to end a step and save
+    node_selector: list[str] = field(default_factory=list)  # LABEL:VALUE of the nodes to use
+    tolerations: list[str] = field(default_factory=list)  # KEY[=VALUE][:EFFECT], as `kubectl taint` writes them
+    queue: str = ""  # of Kueue
+    priority_class: str = ""
+    service_account: str = ""
+    pull_secrets: list[str] = field(default_factory=list)  # for the image's registry
+    user: Optional[int] = None  # user and group of the processes, and of the volume's files; None: the image's
+    env: list[str] = field(default_factory=list)  # variables of this shell that the pods get, by name; never secrets
+    secrets: list[str] = field(default_factory=list)  # SECRET: all its keys as variables; VARIABLE:SECRET/KEY: one
+    port: int = 29500
+    python: str = "python3"  # in the image
+
+
 # options of sbatch that the script sets itself, or that would make it another script
 OURS = ("array", "batch", "chdir", "dependency", "error", "export", "export-file", "get-user-env", "gpus", "gpus-per-node",
         "job-name", "nodes", "ntasks", "ntasks-per-node", "open-mode", "output", "parsable", "requeue", "no-requeue", "signal",
         "test-only", "wait", "wrap")  # fmt: skip
 EARLY = 60  # seconds: Slurm looks at time limits twice a minute
-MODES, CONTAINERS = ("torchrun", "srun"), ("", "pyxis", "apptainer")
+MODES, CONTAINERS, KINDS = ("torchrun", "srun"), ("", "pyxis", "apptainer"), ("jobset", "pytorchjob")
+LABEL = r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?"  # RFC 1123
+SUBDOMAIN = rf"(?=.{{1,253}}$){LABEL}(\.{LABEL})*"
+TAG = r"[A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?"  # the name part of a label's key, and its value
+KEY = rf"({SUBDOMAIN[SUBDOMAIN.index(')') + 1 :]}/)?{TAG}"
+QUANTITY = r"\d{1,9}(\.\d{1,3})?(m|k|Ki|M|Mi|G|Gi|T|Ti)?"
 
 
 def check_launcher(cfg: Any) -> None:
@@ -92,6 +126,8 @@ def check_launcher(cfg: Any) -> None:
         _check_cluster(cfg)
     if isinstance(cfg, SlurmConfig):
         _check_slurm(cfg)
+    if isinstance(cfg, KubernetesConfig):
+        _check_kubernetes(cfg)
     if not isinstance(cfg, ClusterConfig) and cfg.processes is not None and cfg.processes < 1:
         raise UserError(f"launcher.processes={cfg.processes} must be at least 1")
 
@@ -172,3 +208,47 @@ def _check_effect(cfg: SlurmConfig) -> None:
         raise UserError(f"launcher.container={cfg.container!r} and launcher.image={cfg.image!r}: give both, or neither")
     if cfg.mounts and not cfg.container:
         raise UserError(f"launcher.mounts={cfg.mounts} needs launcher.container=pyxis or apptainer")
+
+
+def _check_kubernetes(cfg: KubernetesConfig) -> None:
+    choice("launcher.kind", cfg.kind, KINDS)
+    words = {"namespace": (LABEL, "team"), "volume": (SUBDOMAIN, "runs"), "host_path": (PATH, "/mnt/shared"),
+             "mount": (PATH, "/work"), "cpus": (QUANTITY, "96"), "memory": (QUANTITY, "1500Gi"), "shm": (QUANTITY, "16Gi"),
+             "queue": (LABEL, "training"), "gpu_resource": (KEY, "nvidia.com/gpu"), "priority_class": (SUBDOMAIN, "high"),
+             "service_account": (SUBDOMAIN, "train"), "python": (PATH, "/opt/venv/bin/python")}  # fmt: skip
+    for key, (pattern, example) in words.items():
+        if getattr(cfg, key):
+            fits(f"launcher.{key}", getattr(cfg, key), pattern, example)
+    lists = {"node_selector": (rf"{KEY}:{TAG}", "gpu.product:H100"), "resources": (rf"{KEY}:{QUANTITY}", "rdma/hca:8"),
+             "pull_secrets": (SUBDOMAIN, "registry"), "env": (VARIABLE, "NCCL_IB_HCA"),
+             "tolerations": (rf"{KEY}(={TAG})?(:(NoSchedule|PreferNoSchedule|NoExecute))?", "nvidia.com/gpu=present:NoSchedule"),
+             "secrets": (rf"({VARIABLE}:)?{LABEL}(\.{LABEL})*(/[A-Za-z0-9._-]{{1,253}})?", "WANDB_API_KEY:wandb/key")}  # fmt: skip
+    for key, (pattern, example) in lists.items():
+        for word in getattr(cfg, key):
+            fits(f"launcher.{key}", word, pattern, example)
+    _check_pods(cfg)
+
+
+def _check_pods(cfg: KubernetesConfig) -> None:
+    """What a pod cannot do without, and what would have no effect."""
+    if not cfg.image:
+        raise UserError("launcher.image is not given; pods need one that has megatron_scratch in it (docs/containers.md)")
+    if bool(cfg.volume) == bool(cfg.host_path):
+        raise UserError(f"launcher.volume={cfg.volume!r} and launcher.host_path={cfg.host_path!r}: give one of them; "
+                        "without it data, logs and checkpoints would be lost with the pods")  # fmt: skip
+    for key in ("mount", "host_path"):
+        if getattr(cfg, key) and not getattr(cfg, key).startswith("/"):
+            raise UserError(f"launcher.{key}={getattr(cfg, key)!r} is not absolute; give a path such as /mnt/shared")
+    for word in cfg.secrets:
+        if (":" in word) != ("/" in word):
+            raise UserError(f"launcher.secrets={word!r}: give SECRET for all its keys, or VARIABLE:SECRET/KEY for one")
+    for word in cfg.env:
+        if SECRET.search(word):
+            raise UserError(f"launcher.env={word!r} looks like a secret, and a manifest is no place for one; "
+                            f"give launcher.secrets=[{word}:SECRET/KEY]")  # fmt: skip
+    given = {"cpu": "cpus", "memory": "memory", cfg.gpu_resource: "gpus_per_node"}
+    for key in set(given) & {word.partition(":")[0] for word in cfg.resources}:
+        raise UserError(f"launcher.resources.{key} is set twice; give launcher.{given[key]}")
+    if not 1024 <= cfg.port <= 65535 or cfg.grace_seconds < 1 or (cfg.user is not None and cfg.user < 1):
+        raise UserError(f"launcher.port={cfg.port} must be in 1024..65535, launcher.grace_seconds={cfg.grace_seconds} at least 1, "
+                        f"launcher.user={cfg.user} at least 1")  # fmt: skip

@@ -14,7 +14,7 @@ from megatron_scratch.config import Config, compose
 from megatron_scratch.util.env import Rank, everything
 from megatron_scratch.util.exits import BAD_INPUT, FAILED, OK
 
-GRACE = 60.0  # seconds that the other ranks get to end by themselves, once one has failed
+GRACE = 30.0  # seconds that the other ranks get to end by themselves, once one has failed; one that is stopped never does
 POLL = 0.05
 
 

@@ -39,10 +39,14 @@ class Slurm:
         for number in self._waiting():
             ask("scancel", "--state=PENDING", str(number))
 
-    def resubmit(self, bad: list[str]) -> int:
-        """The same script again without the bad nodes, once this job is over; who waited for this job waits for that one."""
+    def resubmit(self, bad: list[str], exclude: str) -> int:
+        """The same script again without the bad nodes, once this job is over; who waited for this job waits for that one.
+
+        Args:
+            exclude: nodes that the user wants to be left out, as Slurm writes them.
+        """
         known = self._known()
-        excluded = sorted({*known.get("excluded", []), *bad})
+        excluded = [*known.get("excluded", [exclude] if exclude else []), *bad]
         number = int(ask("sbatch", "--parsable", f"--exclude={','.join(excluded)}", f"--dependency=afterany:{self.number}",
                          str(self.job / "job.sbatch")).split(";")[0])  # fmt: skip
         ids = known.get("ids", [self.number])

@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 
 import megatron_scratch
@@ -23,7 +24,7 @@ from megatron_scratch.util.errors import UserError
 from megatron_scratch.util.exits import OK
 from megatron_scratch.util.files import write_json
 
-CARRIED = ("PATH", "LD_LIBRARY_PATH", "LANG")  # of the submitting shell; what else the job needs is named in launcher.env
+CARRIED = ("PATH", "LD_LIBRARY_PATH", "LANG", "PYTHONPATH")  # of the submitting shell; launcher.env names more
 
 
 def launch(cfg: Config, world: int) -> int:
@@ -52,15 +53,34 @@ def make_job(cfg: Config, run: Path) -> Path:
     from megatron_scratch.train.rundir import RunDir
 
     RunDir(run).create()  # Slurm makes no folder for its log
+    RunDir(run).check_stop()
     cfg.dir = str(run)  # wherever the job starts
     job = _claim(run / "jobs")
     compose.save(cfg, job / "config.yaml")
     (job / "job.sbatch").write_text(render(cfg, run, job), encoding="utf-8")
     package = Path(megatron_scratch.__file__).parent
-    ignore = shutil.ignore_patterns("__pycache__", "*.pyc")
-    shutil.copytree(package, job / "code" / package.name, ignore=ignore)
+    for code in [package, *own_code(cfg.plugins)]:
+        _copy(code, job / "code" / code.name)
     write_json(job / "version.json", version(package))
     return job
+
+
+def own_code(plugins: list[str]) -> list[Path]:
+    """The user's packages and modules that `plugins` names, where they are not installed: their copy goes with the job."""
+    found = []
+    for name in dict.fromkeys(plugin.partition(".")[0] for plugin in plugins):
+        spec = find_spec(name)
+        origin = Path(spec.origin) if spec is not None and spec.origin else None
+        if origin is not None and not origin.is_relative_to(sys.prefix):
+            found.append(origin.parent if spec is not None and spec.submodule_search_locations else origin)
+    return found
+
+
+def _copy(code: Path, to: Path) -> None:
+    if code.is_dir():
+        shutil.copytree(code, to, ignore=shutil.ignore_patterns("__pycache__", "*.pyc"))
+    else:
+        shutil.copy2(code, to)
 
 
 def _claim(jobs: Path) -> Path:
@@ -95,13 +115,17 @@ def render(cfg: Config, run: Path, job: Path) -> str:
     launcher = cfg.launcher
     template = string.Template(files("megatron_scratch.templates").joinpath("slurm.sbatch").read_text(encoding="utf-8"))
     exports = [f"export {name}={shlex.quote(value)}" for name, value in carried(launcher, everything()).items()]
+    code = f"{shlex.quote(str(job / 'code'))}${{PYTHONPATH:+:$PYTHONPATH}}"
     return template.substitute(
         options="\n".join(f"#SBATCH {option}" for option in options(cfg, run)),
         run=run,
-        exports="\n".join([*exports, f"export PYTHONPATH={shlex.quote(str(job / 'code'))} PYTHONSAFEPATH=1"]),
+        exports="\n".join([*exports, f"export PYTHONPATH={code} PYTHONSAFEPATH=1"]),
         setup=f"source {shlex.quote(launcher.setup)}" if launcher.setup else "",
         python=shlex.quote(_python(launcher)),
         job=shlex.quote(str(job)),
+        chain=launcher.chain,
+        max_restarts=launcher.max_restarts,
+        exclude=f"{launcher.exclude}," if launcher.exclude else "",
     )
 
 
@@ -144,7 +168,7 @@ def submit(job: Path, chain: int, name: str) -> list[str]:
     for _ in range(chain):
         after = [f"--dependency=afterany:{ids[-1]}", "--kill-on-invalid-dep=yes"] if ids else []
         ids.append(_sbatch(["--parsable", *after], job).split(";")[0])
-    write_json(job / "submitted.json", {"ids": ids})
+    write_json(job / "submitted.json", {"ids": [int(number) for number in ids]})
     return [f"submitted job {number} ({name}), {job / 'job.sbatch'}" for number in ids]
 
 

@@ -42,6 +42,10 @@ def contained(launcher: SlurmConfig, job: Path) -> list[str]:
     """Python on the node, or inside the container: what srun is told of it, and what it runs."""
     python = launcher.python or ("python3" if launcher.container else sys.executable)
     mounts = [*launcher.mounts, f"{job.parent.parent}:{job.parent.parent}", f"{Path.cwd()}:{Path.cwd()}"]
+    wrong = next((mount for mount in mounts if not re.fullmatch(r"/[^:,]+:/[^:,]+(:[a-z+]+)?", mount)), None)
+    if launcher.container and wrong is not None:  # pyxis and apptainer would take it apart somewhere else
+        raise UserError(f"{wrong!r} cannot be mounted by {launcher.container}: SOURCE:PLACE[:FLAGS] is allowed, two absolute paths "
+                        "without comma or colon; change launcher.mounts, or the folder that the job is submitted from")  # fmt: skip
     if launcher.container == "pyxis":
         return [f"--container-image={launcher.image}", f"--container-mounts={','.join(mounts)}",
                 f"--container-workdir={Path.cwd()}", python]  # fmt: skip

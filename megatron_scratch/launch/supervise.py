@@ -33,7 +33,8 @@ from megatron_scratch.util.errors import RunFailed, StopRequested, UserError
 from megatron_scratch.util.exits import exit_code
 from megatron_scratch.util.starts import Start, Verdict, verdict
 
-POLL = 0.2
+POLL = 0.2  # seconds
+LOOK_EVERY = 5.0  # seconds between two looks for a later start, which are requests to a file server
 
 
 class Signals:
@@ -82,6 +83,7 @@ class Supervisor:
                 self.record("job", job=self.given.job, requeues=self.given.restarts, start=start.number, nodes=nodes)
                 code = self._ranks(start, nodes)
                 word = verdict(start.ends(), code)
+                start.check()
                 if word.word == "finished":
                     self.slurm.cancel_chain()
                     return
@@ -92,21 +94,23 @@ class Supervisor:
         if word.word == "refused":
             self.slurm.cancel_chain()
             raise UserError(word.reason)
-        if word.word == "stopped" and self.signals.warned and not self.signals.ended:
-            self._requeue(word)
-        if word.word == "stopped" and not self.signals.ended:
-            self.slurm.cancel_chain()  # it was the user
-        if word.word == "stopped" or self.signals.ended:
+        if self.signals.ended:  # and Slurm knows what becomes of the job
             raise StopRequested(word.reason)
+        if word.word == "stopped":
+            raise StopRequested(f"{word.reason}{self._afterwards(word)}")
         self.record("job_failed", job=self.given.job, reason=word.reason)
         print(f"failed: {word.reason}; starting again", flush=True)
 
-    def _requeue(self, word: Verdict) -> None:
+    def _afterwards(self, word: Verdict) -> str:
+        """What becomes of a run that has stopped: the same job again, the next one of the chain, or nothing."""
+        if not self.signals.warned:  # it was the user
+            self.slurm.cancel_chain()
+            return ""
         if not self.launcher.requeue:
-            return
+            return ""
         self.record("requeued", job=self.given.job, reason=word.reason)
         self.slurm.requeue()
-        raise StopRequested(f"{word.reason}; job {self.given.job} is requeued")
+        return f"; job {self.given.job} is requeued"
 
     def _claim(self) -> Start:
         """The next start, unless those before it have come to nothing too often."""
@@ -133,23 +137,32 @@ class Supervisor:
             return good[: self.launcher.nodes]
         if len(bad) == len(given):  # it is not the nodes
             raise RunFailed(f"all {len(given)} nodes fail the preflight, the first with: {next(iter(bad.values()))}")
-        number = self.slurm.resubmit(list(bad))
+        number = self.slurm.resubmit(list(bad), self.launcher.exclude)
         self.record("resubmitted", job=self.given.job, as_job=number, without=list(bad))
         raise StopRequested(
             f"{len(good)} of {self.launcher.nodes} nodes are healthy; job {number} is submitted without {', '.join(bad)}"
         )
 
     def _ranks(self, start: Start, nodes: list[str]) -> int:
-        """srun, until it ends; its exit code."""
+        """srun, until it ends; its exit code.
+
+        Raises:
+            RunFailed: the job was started elsewhere meanwhile; the ranks of this start are ended.
+        """
         environment = {**secrets(self.launcher.secrets_file), **meeting(nodes, self.given.job, start.number)}
         with subprocess.Popen(step(self.cfg, self.job, start, nodes), env=environment, start_new_session=True) as srun:
-            asked = False
+            asked, looked = False, time.monotonic()
             while srun.poll() is None:
                 if not asked and (self.signals.warned or self.signals.ended):
                     asked = True
                     what = "is being ended by Slurm" if self.signals.ended else "is close to its time limit"
                     start.ask_to_stop(f"job {self.given.job} {what}")
                 time.sleep(POLL)
+                if time.monotonic() > looked + LOOK_EVERY:
+                    looked = time.monotonic()
+                    if start.superseded():
+                        srun.kill()  # and with it go its tasks on this node; it could not reach others
+                        start.check()
         return srun.returncode
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 
 from megatron_scratch.util.env import master, node_number, prepare_elastic
+from megatron_scratch.util.exits import FAILED
 
 SHUTDOWN = 30  # seconds that ranks get to save after SIGTERM; Slurm's own KillWait is 30
 
@@ -21,6 +22,7 @@ def main() -> None:
     args, worker = parser.parse_known_args()
     prepare_elastic()
     from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     address, port = master()
     words = [f"--nnodes={args.nodes}", f"--node-rank={node_number()}", f"--nproc-per-node={args.ranks}", f"--master-addr={address}",
@@ -29,7 +31,10 @@ def main() -> None:
              "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"]  # fmt: skip
     if any("--shutdown-timeout" in action.option_strings for action in run.get_args_parser()._actions):  # not in every release
         words.append(f"--shutdown-timeout={SHUTDOWN}")
-    run.main([*words, "-m", "megatron_scratch.train.worker", *worker])
+    try:
+        run.main([*words, "-m", "megatron_scratch.train.worker", *worker])
+    except ChildFailedError:  # each rank has written down how it ended; torchrun's own table says less in 60 lines
+        raise SystemExit(FAILED) from None
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from torch import nn
 from megatron_scratch import registry
 from megatron_scratch.config import Config
 from megatron_scratch.config.engine import replicas
+from megatron_scratch.config.fault import FaultConfig
 from megatron_scratch.config.pipeline import owned_stages, schedule_of, virtual_stages
 from megatron_scratch.config.precision import PrecisionConfig, takes
 from megatron_scratch.data.loader import Batch, DataSource, Loader
@@ -35,12 +36,15 @@ from megatron_scratch.parallel.layout import layouts
 from megatron_scratch.parallel.pipeline import Pipeline, Plan
 from megatron_scratch.parallel.tensor import token_part
 from megatron_scratch.train import activations, guarantee
+from megatron_scratch.train.heartbeat import Pulse
 from megatron_scratch.train.objective import LanguageModel
+from megatron_scratch.train.own_time import OwnTime
 from megatron_scratch.train.passes import Canonical, Passes, Stages, WholeModel
-from megatron_scratch.util.env import Rank, master, restart_count
+from megatron_scratch.util.env import Rank, agent_store, master, prepare_recorder, restart_count
 from megatron_scratch.util.memory import keep_freed_memory
 
-TIMEOUT = timedelta(minutes=10)  # torch's default of 30 leaves a hung job unseen for half an hour
+TIMEOUT = timedelta(minutes=10)  # without a `fault.hang_timeout`: torch's default of 30 leaves a hung job unseen for half an hour
+RECORDED = 64  # collectives that torch remembers for the hang verdict: a look at them takes 1 ms
 FREE_MODEL_FIELDS = {"attention", "dropout", "norm_kernel"}  # may change between a checkpoint and the run that resumes it
 
 
@@ -79,12 +83,34 @@ def process_group(cfg: Config, rank: Rank, store_file: Path | None) -> Iterator[
     if rank.world > 1:
         # CPU tensors travel over gloo even in a GPU job: counts and flags need no device sync.
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=_store(rank, store_file), rank=rank.rank, world_size=rank.world, timeout=TIMEOUT)
+        prepare_recorder(RECORDED)
+        meet, wait = timeouts(cfg.fault)
+        dist.init_process_group(backend, store=_store(rank, store_file, meet), rank=rank.rank, world_size=rank.world, timeout=meet)
     try:
-        yield topology(cfg, rank, device)
+        topo = topology(cfg, rank, device)
+        if rank.world > 1:
+            _set_timeouts(topo, wait)
+        yield topo
     finally:
         if rank.world > 1:
             dist.destroy_process_group()
+
+
+def timeouts(cfg: FaultConfig) -> tuple[timedelta, timedelta]:
+    """(how long ranks wait for each other to meet, how long one waits in a message afterwards).
+
+    The second one is for what the watch cannot end (`train/watch.py`), which knows whether the others still work: a checkpoint may
+    take the main rank longer than `fault.hang_timeout`, and those that wait for it must not end that.
+    """
+    limit = timedelta(seconds=cfg.hang_timeout) or TIMEOUT
+    return limit + timedelta(seconds=30), max(2 * limit, limit + timedelta(minutes=1)) if cfg.hang_timeout else limit
+
+
+def _set_timeouts(topo: Topology, timeout: timedelta) -> None:
+    """Of all groups: those of a mesh have torch's default of 30 minutes over gloo, whatever the world has (torch 2.13)."""
+    set_timeout = getattr(dist.distributed_c10d, "_set_pg_timeout", None)
+    for group in (None, *topo.groups.values()) if set_timeout else ():
+        set_timeout(timeout, group)
 
 
 def cpu_threads(cfg: Config, world: int) -> int | None:
@@ -104,15 +130,16 @@ def topology(cfg: Config, rank: Rank, device: torch.device) -> Topology:
     return Topology.build(degrees, rank.rank, rank.world, device, p.sequence_parallel is not False, p.overlap, deferred)
 
 
-def _store(rank: Rank, store_file: Path | None) -> dist.Store:
+def _store(rank: Rank, store_file: Path | None, timeout: timedelta) -> dist.Store:
     """Where ranks find each other: our launcher's file, or torchrun's store under a prefix of its own for each restart
     (without it, restarted gloo ranks read the addresses of the dead ones)."""
     if store_file is not None:
         return dist.FileStore(str(store_file), rank.world)
     address, port = master()
-    hosted = restart_count() is not None  # under torchrun the agent holds the store
-    store = dist.TCPStore(address, port, rank.world, is_master=rank.rank == 0 and not hosted, timeout=TIMEOUT)
-    return dist.PrefixStore(f"megatron_scratch/{restart_count() or 0}", store)
+    hosted = agent_store()
+    store = dist.TCPStore(address, port, rank.world, is_master=rank.rank == 0 and not hosted, timeout=timeout)
+    # A store of our own is new. And with c10d the agents of several machines count restarts each for itself.
+    return dist.PrefixStore(f"megatron_scratch/{restart_count() if hosted else 0}", store)
 
 
 @contextmanager
@@ -179,20 +206,30 @@ def build_engine(cfg: Config, topo: Topology) -> tuple[tuple[LanguageModel, ...]
     return models, registry.build("engine", cfg.engine, parts=parts)
 
 
-def build_passes(cfg: Config, engine: Engine, topo: Topology) -> Passes:
-    """How the microbatches of this run pass through its model."""
+def build_passes(cfg: Config, engine: Engine, topo: Topology, pulse: Pulse | None = None, own: OwnTime | None = None) -> Passes:
+    """How the microbatches of this run pass through its model.
+
+    Args:
+        pulse: is told of each one. own: measures their forward passes.
+    """
+    pulse, own = pulse or Pulse(), own or OwnTime(topo.device)
     if isinstance(engine, CanonicalEngine):
-        return Canonical(engine, topo)
+        return Canonical(engine, topo, pulse, own)
     if cfg.parallel.pp == 1:
-        return WholeModel(engine, topo)
+        return WholeModel(engine, topo, pulse, own)
     assert cfg.model.vocab_size is not None
     tokens = cfg.train.micro_batch_size * cfg.train.seq_len
     part = token_part(tokens, topo)
     shape, dtype = (part.stop - part.start, cfg.model.hidden_size), registry.build("precision", cfg.precision)
     plan = Plan(schedule_of(cfg.parallel), virtual_stages(cfg.parallel), shape, dtype)
     staged = cast(Staged, engine)
-    pipeline = Pipeline(plan, topo, list(staged.calls), staged.accumulate, staged.reduce)
-    return Stages(pipeline, staged, topo, cfg.model.vocab_size)
+
+    def accumulate(stage: int) -> None:
+        pulse.tick()
+        staged.accumulate(stage)
+
+    pipeline = Pipeline(plan, topo, [own.around(call) for call in staged.calls], accumulate, staged.reduce)
+    return Stages(pipeline, staged, topo, cfg.model.vocab_size, pulse)
 
 
 def learning_rate(cfg: Config) -> Callable[[int], float]:

@@ -9,7 +9,8 @@ from typing import Any
 from megatron_scratch.parallel.topology import Topology
 from megatron_scratch.train.evaluate import Evaluation
 from megatron_scratch.train.guard import Guard
-from megatron_scratch.train.loop import Every
+from megatron_scratch.train.heartbeat import Pulse
+from megatron_scratch.train.loop import Every, Hook
 from megatron_scratch.train.metrics import View, memory_gib, synchronize
 from megatron_scratch.train.rundir import RunDir
 from megatron_scratch.train.step import StepResult
@@ -76,6 +77,17 @@ class LogMetrics:
         self.view.row(row)
 
 
+class During:
+    """A hook, and the phase that a rank is in while it runs."""
+
+    def __init__(self, phase: str, hook: Hook, pulse: Pulse) -> None:
+        self.phase, self.hook, self.pulse, self.due = phase, hook, pulse, hook.due
+
+    def run(self, step: int, result: StepResult) -> None:
+        with self.pulse.during(self.phase):
+            self.hook.run(step, result)
+
+
 class RecordVerdicts:
     """After every step: what was not like any other goes into the ledger, and a run that must not go on ends."""
 
@@ -98,18 +110,25 @@ class Evaluate:
     """Every n steps and at the end: loss on the validation set."""
 
     def __init__(
-        self, every: int, topo: Topology, run: RunDir, view: View, rates: Rates, measure: Callable[[], Evaluation]
+        self, every: int, topo: Topology, run: RunDir, view: View, rates: Rates, measure: Callable[[], Evaluation | None]
     ) -> None:
+        """`measure`: None: it was broken off, as the run was asked to stop."""
         self.due, self.topo, self.run_dir = Every(every, at_stop=False), topo, run
         self.view, self.rates, self.measure = view, rates, measure
 
     def run(self, step: int, result: StepResult) -> None:
         resume = self.rates.pause()
         found = self.measure()
+        if found is None:
+            self.view.say(f"step {step}: the evaluation is broken off, as the run was asked to stop")
+        else:
+            self._show(step, found)
+        resume()
+
+    def _show(self, step: int, found: Evaluation) -> None:
         row: dict[str, Any] = {"step": step, "val_loss": found.loss, "val_tokens": found.tokens}
         if found.bits_per_byte is not None:
             row["val_bits_per_byte"] = found.bits_per_byte
         if self.topo.is_main:
             self.run_dir.log(row)
         self.view.row(row)
-        resume()

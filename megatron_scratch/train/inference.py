@@ -82,6 +82,7 @@ def evaluate_run(args: EvalArgs) -> str:
     topo = replace(SINGLE, device=device)
     result = evaluate([trained.model], lambda batch: trained.model(*to_device(batch, device)), batches, topo,
                       data.tokenizer.bytes_per_id if data.tokenizer else None, args.batches)  # fmt: skip
+    assert result is not None, "nobody asks it to stop"
     bits = "" if result.bits_per_byte is None else f"  bits per byte {result.bits_per_byte:.4f}"
     return (f"{trained.folder}: loss {result.loss:.4f} nats/token  perplexity {result.perplexity:.2f}{bits}  "
             f"over {result.tokens:,} tokens ({result.bytes:,} bytes)")  # fmt: skip

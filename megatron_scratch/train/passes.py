@@ -16,12 +16,15 @@ from megatron_scratch.models.linear import check_ids
 from megatron_scratch.models.objective import IGNORE
 from megatron_scratch.parallel.pipeline import Pipeline
 from megatron_scratch.parallel.topology import Topology
+from megatron_scratch.train.heartbeat import Pulse
+from megatron_scratch.train.own_time import OwnTime
 
 
 class Passes(Protocol):
     """Both methods are collective, and give a scalar on the device: what this rank adds to the sum over the world."""
 
     engine: Engine
+    pulse: Pulse
 
     def gradients(self, batches: list[Batch], seeds: list[int | None], divisor: float) -> torch.Tensor:
         """Forward and backward of all microbatches of a step: the sum of their losses / divisor. Gradients are whole afterwards.
@@ -44,15 +47,17 @@ def to_device(batch: Batch, device: torch.device) -> tuple[torch.Tensor, torch.T
 class WholeModel:
     """Every rank has all layers: forward and backward of one microbatch after the other."""
 
-    def __init__(self, engine: Engine, topo: Topology) -> None:
-        self.engine, self.topo = engine, topo
+    def __init__(self, engine: Engine, topo: Topology, pulse: Pulse | None = None, own: OwnTime | None = None) -> None:
+        self.engine, self.topo, self.pulse = engine, topo, pulse or Pulse()
+        self.forward = (own or OwnTime(topo.device)).around(engine.forward)
 
     def gradients(self, batches: list[Batch], seeds: list[int | None], divisor: float) -> torch.Tensor:
         parts = []
         for i, (batch, seed) in enumerate(zip(batches, seeds, strict=True)):
             with self.engine.microbatch(last=i == len(batches) - 1):
-                part = self.engine.forward(*to_device(batch, self.topo.device), seed) / divisor
+                part = self.forward(*to_device(batch, self.topo.device), seed) / divisor
                 self.engine.backward(part)
+            self.pulse.tick()
             parts.append(self._mine(part))
         return self._total(parts)
 
@@ -69,8 +74,8 @@ class WholeModel:
 class Canonical(WholeModel):
     """The same where sums have one order at every dp: of gradients, which is the engine's, and of the loss, which is here."""
 
-    def __init__(self, engine: CanonicalEngine, topo: Topology) -> None:
-        super().__init__(engine, topo)
+    def __init__(self, engine: CanonicalEngine, topo: Topology, pulse: Pulse | None = None, own: OwnTime | None = None) -> None:
+        super().__init__(engine, topo, pulse, own)
         self.begin = engine.begin
 
     def gradients(self, batches: list[Batch], seeds: list[int | None], divisor: float) -> torch.Tensor:
@@ -86,8 +91,8 @@ class Canonical(WholeModel):
 class Stages:
     """Every rank has some layers of a pipeline."""
 
-    def __init__(self, pipeline: Pipeline, engine: Staged, topo: Topology, vocab_size: int) -> None:
-        self.pipeline, self.engine, self.topo, self.vocab_size = pipeline, engine, topo, vocab_size
+    def __init__(self, pipeline: Pipeline, engine: Staged, topo: Topology, vocab_size: int, pulse: Pulse | None = None) -> None:
+        self.pipeline, self.engine, self.topo, self.vocab_size, self.pulse = pipeline, engine, topo, vocab_size, pulse or Pulse()
 
     def gradients(self, batches: list[Batch], seeds: list[int | None], divisor: float) -> torch.Tensor:
         batch = self._tensors(batches)

@@ -8,7 +8,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,14 +20,17 @@ from megatron_scratch.util.files import atomic_write
 class RunDir:
     """Paths and files of one run. Only the main rank writes; every rank may read."""
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+    def __init__(self, path: str | Path, fence: Callable[[], None] = lambda: None) -> None:
+        """`fence`: raises where a later start of the run has taken over; asked before each row that is written."""
+        self.path, self.fence = Path(path), fence
         self.config = self.path / "config.yaml"
         self.checkpoints = self.path / "checkpoints"
         self.metrics = self.path / "metrics.jsonl"
         self.ledger = self.path / "ledger.jsonl"
         self.logs = self.path / "logs"
         self.plot = self.path / "loss.png"
+        self.heartbeats = self.path / "heartbeats"
+        self.save = self.path / "save"  # a file that anyone may make: the run saves a checkpoint, and takes it away
         self.stop = self.path / "stop"  # a file that anyone may make: the run saves and ends, and does not start while it is there
 
     def log_file(self, rank: int) -> Path:
@@ -50,8 +53,12 @@ class RunDir:
             raise UserError(f"{self.stop} is there, which stops the run; remove it to go on")
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self, job: str = "") -> Iterator[None]:
         """Hold the run directory. The kernel frees the lock with the process that holds it, however that ends.
+
+        Args:
+            job: which job of a cluster starts the run. Only one start of a job is meant to be alive: where an earlier one still
+                holds the lock, on a node that nobody reaches, this one takes over, and its attempt fences the other off.
 
         Raises:
             UserError: another live process holds it; the message names it.
@@ -61,24 +68,30 @@ class RunDir:
                 fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 f.seek(0)
-                raise UserError(f"dir={self.path} is in use by {f.read().strip() or 'another process'}; "
-                                "wait for it, stop it, or give another dir=") from None  # fmt: skip
+                holder = f.read().strip()
+                if not (job and holder.endswith(f" for job {job}")):
+                    raise UserError(f"dir={self.path} is in use by {holder or 'another process'}; "
+                                    "wait for it, stop it, or give another dir=") from None  # fmt: skip
+                self.record("takeover", holder=holder)
             except OSError as error:
                 if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
                     raise
                 # A file system without locks. A second start then takes over: its attempt fences this one off.
             f.truncate(0)
-            f.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}")
+            f.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}"
+                    + (f" for job {job}" if job else ""))  # fmt: skip
             f.flush()
             yield
 
     def record(self, event: str, **facts: Any) -> None:
         """Append one event to the ledger: what happened, when, at which step, why."""
+        self.fence()
         line = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "event": event, **facts}
         _append(self.ledger, line)
 
     def log(self, row: dict[str, Any]) -> None:
         """Append one row of metrics."""
+        self.fence()
         _append(self.metrics, row)
 
     def last(self, key: str) -> Any:

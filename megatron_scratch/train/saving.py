@@ -19,7 +19,8 @@ from megatron_scratch.util.errors import RunFailed
 
 
 class SaveCheckpoint:
-    """Every n steps, at the end, and when stopped; in the steps between it asks what has become of an asynchronous one."""
+    """Every n steps, at the end, when stopped, and when asked to; in the steps between it asks what has become of an asynchronous
+    one."""
 
     def __init__(self, every: int, saver: Saver, mirror: Mirror, run: RunDir, view: View, engine: Engine, rates: Rates,
                  facts: Callable[[int], dict[str, Any]]) -> None:  # fmt: skip
@@ -27,16 +28,17 @@ class SaveCheckpoint:
         self.is_due, self.saver, self.topo, self.mirror = Every(every), saver, saver.topo, mirror
         self.run_dir, self.view = run, view
         self.engine, self.rates, self.facts = engine, rates, facts
-        self.over = False
+        self.over = self.asked = False  # no step follows; the ranks were asked for a checkpoint
 
     def due(self, step: int, finished: bool, stopped: bool) -> bool:
         self.over = finished or stopped
-        return self.is_due(step, finished, stopped) or self.saver.save is not None
+        return self.asked or self.is_due(step, finished, stopped) or self.saver.save is not None
 
     def run(self, step: int, result: StepResult) -> None:
         resume = self.rates.pause()
-        if self.over or self.is_due(step, False, False):
+        if self.over or self.asked or self.is_due(step, False, False):
             self._report(self.saver.finish())
+            self._take_request(step)
             check_replicas(self.engine, self.topo, step)
             check_finite(self.engine, self.topo, step)
             stamp = {"written": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
@@ -46,6 +48,24 @@ class SaveCheckpoint:
         else:
             self._report(self.saver.poll())
         resume()
+
+    def _take_request(self, step: int) -> None:
+        """What asks for a checkpoint now has this one."""
+        if self.asked:
+            self.view.say(f"step {step}: a checkpoint, as {self.run_dir.save} asks")
+        if self.topo.is_main:
+            self.run_dir.save.unlink(missing_ok=True)
+        self.asked = False
+
+    def listening(self, step: Callable[[int], StepResult]) -> Callable[[int], StepResult]:
+        """A step function that tells this hook where the ranks were asked for a checkpoint."""
+
+        def told(number: int) -> StepResult:
+            result = step(number)
+            self.asked |= result.save
+            return result
+
+        return told
 
     def tidy(self) -> None:
         """Before the first step: delete what an earlier start was killed before it could."""

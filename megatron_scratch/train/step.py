@@ -13,6 +13,7 @@ from megatron_scratch.data.loader import Loader
 from megatron_scratch.parallel.collectives import all_reduce_world
 from megatron_scratch.parallel.topology import Topology
 from megatron_scratch.train.batches import BatchPlan
+from megatron_scratch.train.fault import SAVE, STOP, told
 from megatron_scratch.train.guard import Guard, Verdict
 from megatron_scratch.train.passes import Passes
 from megatron_scratch.util.seeds import seed_from
@@ -29,6 +30,7 @@ class StepResult:
     stop: bool  # a rank was told to stop
     done: int  # steps done after this one
     verdict: Verdict = Verdict()
+    save: bool = False  # a rank was told to save a checkpoint now
 
     @property
     def skipped(self) -> str:
@@ -41,47 +43,56 @@ class TrainStep:
 
     def __init__(
         self, passes: Passes, loader: Loader, plan: BatchPlan, topo: Topology, lr_at: Callable[[int], float],
-        dropout_base: int | None, stop: Callable[[], bool], guard: Guard | None = None,
+        dropout_base: int | None, asked: Callable[[], int], guard: Guard | None = None,
         before_update: Callable[[], None] = lambda: None,
     ) -> None:  # fmt: skip
         """
         Args:
+            asked: what this rank was asked for: `fault.STOP` + `fault.SAVE`, or 0.
             guard: None: the usual one, of a precision that needs no loss scaler.
             before_update: returns when weights and optimizer state may change, e.g. once a copy of them has been taken.
         """
         self.before_update = before_update
         self.passes, self.loader, self.plan, self.topo = passes, loader, plan, topo
-        self.lr_at, self.dropout_base, self.stop, self.guard = lr_at, dropout_base, stop, guard or Guard(FaultConfig())
+        self.lr_at, self.dropout_base, self.asked, self.guard = lr_at, dropout_base, asked, guard or Guard(FaultConfig())
 
     def __call__(self, step: int) -> StepResult:
-        part, samples, stop = self.gradients(step)
+        pulse = self.passes.pulse
+        pulse.step = step
+        part, samples, asked = self.gradients(step)
         engine, lr = self.passes.engine, self.lr_at(step)
+        pulse.enter("reduce")
         device_norm = engine.norm(self.guard.scale)
         loss, norm = shared_numbers(part, device_norm, self.topo)
         verdict = self.guard.judge(loss, norm)
+        pulse.enter("update")
         if verdict.applied:
             self.before_update()
             engine.update(lr, device_norm)
         else:
             engine.drop()
-        return StepResult(loss, norm, lr, samples, stop, step + 1, verdict)
+        pulse.enter("hooks")
+        pulse.step = step + 1
+        return StepResult(loss, norm, lr, samples, told(asked, STOP), step + 1, verdict, told(asked, SAVE))
 
-    def gradients(self, step: int) -> tuple[torch.Tensor, int, bool]:
-        """The first half of a step: forward and backward of all its microbatches. (loss, samples, whether to stop).
+    def gradients(self, step: int) -> tuple[torch.Tensor, int, int]:
+        """The first half of a step: forward and backward of all its microbatches. (loss, samples, what the ranks were asked for).
 
         Gradients are those of the loss times the scaler's scale, where there is one. The loss is this rank's part, on the device.
         """
+        self.passes.pulse.enter("data")
         first, samples = self.plan.at(step)
         batches = list(self.loader.microbatches(first, samples))
         valid = sum(int((b.labels_BS >= 0).sum()) for b in batches) if self.topo.counts_tokens else 0
-        # One small host-side message a step: the global count of predicted tokens, and whether any rank was told to stop.
-        shared = all_reduce_world(torch.tensor([valid, int(self.stop())], dtype=torch.int64), self.topo)
+        # One small host-side message a step: the global count of predicted tokens, and what any rank was told: to stop, to save.
+        shared = all_reduce_world(torch.tensor([valid, int(self.asked())], dtype=torch.int64), self.topo)
         total = max(1, int(shared[0]))
         # A seed is a function of the samples in the microbatch: there is no generator state to save or to lose.
         base = self.dropout_base
         seeds = [None if base is None else seed_from("dropout", base, batch.first_sample) for batch in batches]
         scale = self.guard.scale or 1.0
-        return self.passes.gradients(batches, seeds, total / scale) / scale, samples, bool(shared[1])
+        self.passes.pulse.enter("forward/backward")
+        return self.passes.gradients(batches, seeds, total / scale) / scale, samples, int(shared[1])
 
 
 def shared_numbers(part: torch.Tensor, norm: torch.Tensor, topo: Topology) -> tuple[float, float]:

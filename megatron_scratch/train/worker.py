@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,21 +15,24 @@ from megatron_scratch.checkpoint.attempt import Attempt
 from megatron_scratch.checkpoint.manifest import step_folder
 from megatron_scratch.checkpoint.saver import Saver
 from megatron_scratch.config import Config, compose
+from megatron_scratch.config.fault import comparable
 from megatron_scratch.data.loader import DataSource, open_data
 from megatron_scratch.models.flops import flops_per_token
 from megatron_scratch.parallel import Topology
 from megatron_scratch.parallel.collectives import gather_json
 from megatron_scratch.train import build
 from megatron_scratch.train.batches import BatchPlan
-from megatron_scratch.train.evaluate import Evaluation, evaluate
+from megatron_scratch.train.evaluate import Evaluation, Stop, evaluate
 from megatron_scratch.train.fault import StopFlag
 from megatron_scratch.train.guarantee import WRITTEN_BY
 from megatron_scratch.train.guard import Guard
-from megatron_scratch.train.hooks import Evaluate, LogMetrics, Rates, RecordVerdicts
+from megatron_scratch.train.heartbeat import Pulse
+from megatron_scratch.train.hooks import During, Evaluate, LogMetrics, Rates, RecordVerdicts
 from megatron_scratch.train.loop import Hook, train
 from megatron_scratch.train.metrics import Logged, Silent, View, peak_flops
 from megatron_scratch.train.mirror import Mirror
 from megatron_scratch.train.objective import LanguageModel
+from megatron_scratch.train.own_time import OwnTime
 from megatron_scratch.train.passes import Passes
 from megatron_scratch.train.plot import plot_loss
 from megatron_scratch.train.replicas import CheckReplicas
@@ -39,10 +42,12 @@ from megatron_scratch.train.rundir import RunDir
 from megatron_scratch.train.saving import SaveCheckpoint
 from megatron_scratch.train.scaler import loss_scaler
 from megatron_scratch.train.step import StepResult, TrainStep
+from megatron_scratch.train.straggler import NameStragglers
+from megatron_scratch.train.watch import Watch
 from megatron_scratch.util.env import Rank, node_name, read_rank
 from megatron_scratch.util.errors import RunFailed, StopRequested
 from megatron_scratch.util.exits import FAILED, OK, STOPPED, exit_code, outcome
-from megatron_scratch.util.starts import End, Start
+from megatron_scratch.util.starts import BUG, End, Start
 
 
 def run(cfg: Config, rank: Rank, store_file: Path | None = None, start: Path | None = None) -> dict[str, Any]:
@@ -60,34 +65,49 @@ def run(cfg: Config, rank: Rank, store_file: Path | None = None, start: Path | N
     run_dir = RunDir(cfg.dir)
     with ExitStack() as stack:
         files = [run_dir.stop, *([start / "stop"] if start else [])] if rank.rank == 0 else []
-        stop = stack.enter_context(StopFlag(files).listening())
+        stop = stack.enter_context(StopFlag(files, run_dir.save if rank.rank == 0 else None).listening())
         number = 0
         if rank.rank == 0:
             run_dir.create()
             run_dir.check_stop()
-            stack.enter_context(run_dir.locked())
+            stack.enter_context(run_dir.locked(Start(start).job if start else ""))
             number = Attempt.claim(run_dir.checkpoints).number
         topo = stack.enter_context(build.process_group(cfg, rank, store_file))
         attempt = Attempt(run_dir.checkpoints, gather_json(number, topo)[0])  # and the main rank has made the folders
+        run_dir.fence = attempt.check
         view = Logged(registry.build("logging", cfg.logging) if topo.is_main else Silent(), run_dir.log_file(rank.rank))
         stack.callback(view.close)
         mirror = Mirror(cfg.checkpoint, attempt, topo, run_dir, view)
         stack.callback(mirror.close)
+        watch = _watch(cfg, topo, run_dir, attempt, start)
+        stack.enter_context(watch.running())
         try:
-            return _train(cfg, topo, run_dir, attempt, view, stop, mirror)
+            return _train(cfg, topo, run_dir, attempt, view, stop, mirror, watch)
         except Exception as error:
+            watch.settle()
             view.failed()
             if topo.is_main and isinstance(error, RunFailed):
-                run_dir.record("failed", reason=str(error))
+                with suppress(RunFailed):  # a later start has taken over, and this one writes nothing more
+                    run_dir.record("failed", reason=str(error))
             raise
 
 
-def _train(cfg: Config, topo: Topology, run_dir: RunDir, attempt: Attempt, view: View, stop: StopFlag,
-           mirror: Mirror) -> dict[str, Any]:  # fmt: skip
+def _watch(cfg: Config, topo: Topology, run_dir: RunDir, attempt: Attempt, start: Path | None) -> Watch:
+    def told(message: str) -> None:
+        if start is not None:
+            Start(start).end(End(topo.rank, node_name(), FAILED, message))
+
+    return Watch(cfg.fault.hang_timeout, run_dir, attempt.number, topo, Pulse(cfg.train.compile), told)
+
+
+def _train(cfg: Config, topo: Topology, run_dir: RunDir, attempt: Attempt, view: View, stop: StopFlag, mirror: Mirror,
+           watch: Watch) -> dict[str, Any]:  # fmt: skip
+    pulse, own = watch.pulse, OwnTime(topo.device)
+    pulse.enter("load")
     mirror.fetch()  # before anybody looks for a checkpoint
     data = open_data(cfg.data, cfg.train.seq_len, cfg.seed)
     models, engine = build.build_engine(cfg, topo)
-    passes = build.build_passes(cfg, engine, topo)
+    passes = build.build_passes(cfg, engine, topo, pulse, own)
     plan = BatchPlan(cfg.train)
     facts = build.facts(cfg, data)
     guard = Guard(cfg.fault, loss_scaler(cfg.precision))
@@ -104,12 +124,14 @@ def _train(cfg: Config, topo: Topology, run_dir: RunDir, attempt: Attempt, view:
     saver = Saver(cfg.checkpoint, attempt, topo, verified=resumed, held=mirror.held)
     saves = SaveCheckpoint(cfg.checkpoint.every, saver, mirror, run_dir, view, engine, rates, position)
     hooks: list[Hook] = [RecordVerdicts(guard, topo, run_dir, view), LogMetrics(cfg.train.log_every, topo, run_dir, view, rates)]
+    if comparable(cfg.fault, cfg.engine.name, topo.size("dp")):
+        hooks.append(NameStragglers(cfg.train.log_every, cfg.fault.straggler, topo, run_dir, view, own.mean, attempt.number))
     if cfg.fault.replica_check_every:
         hooks.append(CheckReplicas(cfg.fault.replica_check_every, topo, engine))
     if data.valid is not None:
-        measure = partial(_evaluate, cfg, data, models, passes, topo)
-        hooks.append(Evaluate(cfg.train.eval_every, topo, run_dir, view, rates, measure))
-    hooks += [saves, mirror]
+        measure = partial(_evaluate, cfg, data, models, passes, topo, stop)
+        hooks.append(During("evaluate", Evaluate(cfg.train.eval_every, topo, run_dir, view, rates, measure), pulse))
+    hooks += [During("save", saves, pulse), mirror]
     mirror.begin()
     saves.tidy()
 
@@ -120,20 +142,23 @@ def _train(cfg: Config, topo: Topology, run_dir: RunDir, attempt: Attempt, view:
     if cfg.fault.spike == "rollback":
 
         def newest() -> int | None:
-            saves.wait()
-            return go_back(run_dir, engine, facts, topo, view, guard)
+            with pulse.during("load"):
+                saves.wait()
+                return go_back(run_dir, engine, facts, topo, view, guard)
 
         step = Rollback(step, newest, guard, plan, topo, run_dir, view, rates)
     if first >= cfg.train.steps:
         view.say(f"already at step {first}; raise train.steps={cfg.train.steps} to go on")
     view.start(first, cfg.train.steps)
     try:
-        done, stopped = train(first, cfg.train.steps, step, hooks)
+        done, stopped = train(first, cfg.train.steps, saves.listening(step), hooks)
     except RunFailed:
-        saves.wait()  # all ranks are told of what ends a run: a save that is under way need not be lost with it
+        with pulse.during("save"):
+            saves.wait()  # all ranks are told of what ends a run: a save that is under way need not be lost with it
         raise
     finally:
         saver.close()
+    watch.close()  # nobody waits for the main rank any more, and what it waits for has a limit of its own
     mirror.finish(saver.verified)
     summary = _finish(cfg, topo, run_dir, view, done, stopped, stop.reason)
     mirror.check()
@@ -149,9 +174,11 @@ def _begin(cfg: Config, topo: Topology, run_dir: RunDir, data: DataSource, first
                    engine=cfg.engine.name, steps=cfg.train.steps, attempt=attempt.number)  # fmt: skip
 
 
-def _evaluate(cfg: Config, data: DataSource, models: Sequence[LanguageModel], passes: Passes, topo: Topology) -> Evaluation:
+def _evaluate(cfg: Config, data: DataSource, models: Sequence[LanguageModel], passes: Passes, topo: Topology,
+              stop: StopFlag) -> Evaluation | None:  # fmt: skip
     sizes = data.tokenizer.bytes_per_id if data.tokenizer else None
-    return evaluate(models, passes.loss, build.validation(cfg, data, topo), topo, sizes, _eval_limit(cfg, topo))
+    batches, asked = build.validation(cfg, data, topo), Stop(stop.stops, topo, passes.pulse.tick)
+    return evaluate(models, passes.loss, batches, topo, sizes, _eval_limit(cfg, topo), asked)
 
 
 def _eval_limit(cfg: Config, topo: Topology) -> int | None:
@@ -201,7 +228,7 @@ def main() -> int:
 
 def _supervised(work: Callable[[], None], start: Start, rank: Rank) -> int:
     """Write down how this rank ends. A stop is no failure here: torchrun would start the ranks again, Slurm end the other nodes."""
-    code, message = FAILED, "a bug; its log has the traceback"
+    code, message = FAILED, BUG
     try:
         code, message = outcome(work)
     finally:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import socket
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,13 @@ def restart_count(env: Mapping[str, str] | None = None) -> int | None:
     """How often torchrun has restarted this group of ranks; None when torchrun did not start us."""
     env = os.environ if env is None else env
     return int(env["TORCHELASTIC_RESTART_COUNT"]) if "TORCHELASTIC_RESTART_COUNT" in env else None
+
+
+def agent_store(env: Mapping[str, str] | None = None) -> bool:
+    """Whether torchrun's agent holds the store at `master`. Where it does not, each start of the ranks has a new port, on which the
+    first rank is to hold one: so it is with c10d and TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1."""
+    env = os.environ if env is None else env
+    return env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def master(env: Mapping[str, str] | None = None) -> tuple[str, int]:
@@ -80,6 +89,12 @@ def node_name(env: Mapping[str, str] | None = None) -> str:
     return env.get("SLURMD_NODENAME", "") or socket.gethostname().split(".")[0]
 
 
+def temporary_folder(env: Mapping[str, str] | None = None) -> Path:
+    """Where programs of this node put what they need for a while. Python alone would pass over a TMPDIR that cannot be written."""
+    env = os.environ if env is None else env
+    return Path(env.get("TMPDIR") or tempfile.gettempdir())
+
+
 def everything() -> dict[str, str]:
     """A copy of this process's variables, to hand on to a process that it starts."""
     return dict(os.environ)
@@ -88,6 +103,12 @@ def everything() -> dict[str, str]:
 def prepare_elastic() -> None:
     """Before torchrun begins: without this, restarted ranks read the addresses of dead ones (torch 2.13, pytorch issue 135712)."""
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # what torchrun would set, with a warning; train.threads counts
+
+
+def prepare_recorder(entries: int) -> None:
+    """Before a process group is made: torch's flight recorder keeps the last collectives, unless the user has said how many."""
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", str(entries))
 
 
 def prepare_deepspeed(local_rank: int, cpu: bool) -> None:

@@ -9,8 +9,11 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from megatron_scratch.util.errors import RunFailed
 from megatron_scratch.util.exits import BAD_INPUT, OK, STOPPED
 from megatron_scratch.util.files import write_json
+
+BUG = "it ended with an exception, which its log has"
 
 
 @dataclass(frozen=True)
@@ -45,8 +48,27 @@ class Start:
         return next((n for n, newest in enumerate(reversed(found[:-1])) if newest != found[-1]), len(found) - 1)
 
     @property
+    def job(self) -> str:
+        """The number of the job folder, which requeues and resubmissions share."""
+        return self.folder.parent.parent.name
+
+    @property
     def number(self) -> int:
         return int(self.folder.name)
+
+    def superseded(self) -> int | None:
+        """A later start of the same job, where there is one."""
+        newest = max(_numbers(self.folder.parent))
+        return newest if newest != self.number else None
+
+    def check(self) -> None:
+        """
+        Raises:
+            RunFailed: the job has been started again by somebody else. Slurm does that with a job whose node it cannot reach, while
+                all of it lives on there.
+        """
+        if newest := self.superseded():
+            raise RunFailed(f"start {self.number} of {self.folder.parent.parent} is over: start {newest} goes on elsewhere")
 
     def ask_to_stop(self, reason: str) -> None:
         self.stop.write_text(reason + "\n", encoding="utf-8")
@@ -79,7 +101,8 @@ def verdict(ends: list[End], code: int) -> Verdict:
         return Verdict("stopped", main.message)
     bad = [end for end in ends if end.code not in (OK, STOPPED)]
     if bad:
-        return Verdict("failed", "; ".join(f"rank {end.rank} on {end.host}: {end.message}" for end in bad[:4]))
+        told = [end for end in bad if end.message != BUG] or bad  # what one rank fails of looks like a bug to those who talk to it
+        return Verdict("failed", "; ".join(f"rank {end.rank} on {end.host}: {end.message}" for end in told[:4]))
     return Verdict("died", f"srun ended with {code}, and no rank said why; see the logs of the ranks")
 
 

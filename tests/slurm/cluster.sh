@@ -17,6 +17,7 @@
 #                loopback: all slurmd on 127.0.0.1 with a port each, needs no privilege
 #   CLUSTER_PROCTRACK (auto|cgroup|linuxproc|pgid)
 #   CLUSTER_EXTRA        extra slurm.conf lines
+#   CLUSTER_HIDE=DIR     with boot (netns mode): a node from which this folder is missing
 # Needs: apt-get install -y --no-install-recommends slurm-wlm munge iproute2
 set -euo pipefail; [ -z "${CLUSTER_TRACE:-}" ] || { PS4="+\t\$(date +%s.%N) "; set -x; }
 D=${CLUSTER_DIR:-/tmp/megatron_scratch_cluster}
@@ -103,9 +104,9 @@ SchedulerType=sched/backfill
 SchedulerParameters=batch_sched_delay=0,sched_interval=1,sched_min_interval=0,bf_interval=1,defer_batch
 SlurmdTimeout=10
 SlurmctldTimeout=10
-MessageTimeout=10
+MessageTimeout=5
 KillWait=5
-UnkillableStepTimeout=10
+UnkillableStepTimeout=60
 InactiveLimit=0
 MinJobAge=86400
 ReturnToService=2
@@ -161,7 +162,10 @@ net_down() {
   done
 }
 
-node_up() { enter $1 slurmd -N $1; }
+node_up() { # with CLUSTER_HIDE=DIR, the node sees nothing in that folder: a mount that is missing
+  if [ -z "${CLUSTER_HIDE:-}" ]; then enter $1 slurmd -N $1; return; fi
+  enter $1 sh -c 'mount -t tmpfs -o size=64k none "$2" && exec slurmd -N "$1"' sh $1 "$CLUSTER_HIDE"
+}
 all_idle() { [ "$(in_ctl sinfo -h -N -p gpu -t idle -o %N | wc -l)" = "$N" ]; }
 
 # pids of what runs on a node: the namespace's, or (loopback) slurmd's and its slurmstepds' process trees
@@ -236,6 +240,7 @@ case "${1:-}" in
   crash) for p in $(node_pids $2); do kill -9 $p 2>/dev/null || true; done; rm -f "$D/run/$2.pid" ;;
   cut) ip -n $TAG-ctl link set p${2#$TAG} down ;;
   join) ip -n $TAG-ctl link set p${2#$TAG} up ;;
-  boot) alive "$D/run/$2.pid" || node_up $2; wait_for 20 sh -c "$0 exec sinfo -h -n $2 -o %t | grep -qE '^(idle|mix|alloc)\$'" ;;
+  boot) alive "$D/run/$2.pid" || node_up $2
+        wait_for ${CLUSTER_BOOT:-60} sh -c "$0 exec sinfo -h -n $2 -o %t | grep -qE '^(idle|mix|alloc)\$'" || { in_ctl sinfo -N -l -n $2 >&2; in_ctl sinfo -R >&2; die "$2 does not come up, see $D/log/$2.log"; } ;;
   *) sed -n '2,25p' "$0"; exit 2 ;;
 esac

@@ -13,6 +13,8 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 
 from cluster import CORE, Cluster  # noqa: E402
+from jobs import STEPS  # noqa: E402
+from runs import config, run  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -27,3 +29,11 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         yield made
     finally:
         made.sh("stop")
+
+
+@pytest.fixture(scope="session")
+def oracle(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same run in four processes here, never stopped."""
+    path = tmp_path_factory.mktemp("oracle") / "run"
+    assert run(config(corpus, path, f"train.steps={STEPS}", "checkpoint.every=4", world=4), 4) == [0] * 4
+    return path

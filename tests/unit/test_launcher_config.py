@@ -84,3 +84,17 @@ def test_a_launcher_has_its_own_keys(tmp_path: Path) -> None:
     assert compose.load_file(tmp_path / "config.yaml").launcher == cfg.launcher
     with pytest.raises(UserError, match="launcher.nodes"):
         compose.load(["launcher.nodes=2"])
+
+
+def test_options_of_sbatch_are_keys_of_the_users_own() -> None:
+    both = ["launcher.sbatch.nice=100", "launcher.sbatch={begin: 'now+3', gpu-freq: high}"]
+    assert [compose.load(["launcher=slurm", word]).launcher.sbatch for word in both] == [
+        {"nice": "100"}, {"begin": "now+3", "gpu-freq": "high"}]  # fmt: skip
+    with pytest.raises(UserError, match="launcher.sbatsch"):
+        compose.load(["launcher=slurm", "launcher.sbatsch.nice=100"])
+
+
+def test_what_hydra_would_read_as_a_list_is_told_how_to_be_written() -> None:
+    with pytest.raises(UserError, match="quotes"):
+        compose.load(["launcher=slurm", "launcher.exclude=node[1-3]"])
+    assert compose.load(["launcher=slurm", "launcher.exclude='node[1-3]'"]).launcher.exclude == "node[1-3]"
