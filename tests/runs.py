@@ -24,7 +24,8 @@ from megatron_scratch.util.exits import exit_code
 
 TINY = ["model=llama_tiny", "model.num_layers=2", "model.hidden_size=32", "model.num_kv_heads=2", "model.ffn_size=64",
         "model.max_seq_len=32", "train.seq_len=32", "train.global_batch_size=8", "train.micro_batch_size=2", "train.log_every=1",
-        "train.threads=1", "optim.lr=1e-2", "train.peak_tflops=1", "train.eval_batches=2"]  # fmt: skip
+        "train.threads=1", "optim.lr=1e-2", "train.peak_tflops=1", "train.eval_batches=2",
+        "fault.hang_timeout=100"]  # fmt: skip
 
 Fault = Callable[[], None]
 GRACE = 5.0  # seconds that ranks get to end by themselves, once another one has been killed

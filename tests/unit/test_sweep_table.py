@@ -159,7 +159,7 @@ OF_PROCESSES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("state", "events", "lock", "working", "said", "reason"), OF_PROCESSES)
+@pytest.mark.parametrize(("state", "events", "lock", "working", "said", "reason"), OF_PROCESSES, ids=range(len(OF_PROCESSES)))
 def test_the_state_of_a_process(
     state: str, events: list[dict], lock: str, working: bool, said: str, reason: str, tmp_path: Path
 ) -> None:
