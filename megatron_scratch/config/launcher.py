@@ -206,6 +206,9 @@ def _check_effect(cfg: SlurmConfig) -> None:
         raise UserError(f"launcher.agent_restarts={cfg.agent_restarts} is torchrun's; give launcher.mode=torchrun")
     if bool(cfg.container) != bool(cfg.image):
         raise UserError(f"launcher.container={cfg.container!r} and launcher.image={cfg.image!r}: give both, or neither")
+    if cfg.cpus_per_gpu is not None and not cfg.gpus:
+        raise UserError(f"launcher.cpus_per_gpu={cfg.cpus_per_gpu} needs launcher.gpus=true; with ranks on CPUs give "
+                        f"launcher.sbatch.cpus-per-task={cfg.cpus_per_gpu * cfg.gpus_per_node}")  # fmt: skip
     if cfg.mounts and not cfg.container:
         raise UserError(f"launcher.mounts={cfg.mounts} needs launcher.container=pyxis or apptainer")
 

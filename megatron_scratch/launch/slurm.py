@@ -19,6 +19,7 @@ from pathlib import Path
 import megatron_scratch
 from megatron_scratch.config import Config, compose
 from megatron_scratch.config.launcher import PATH, WORD, SlurmConfig, fits
+from megatron_scratch.launch.step import contained
 from megatron_scratch.util.env import everything
 from megatron_scratch.util.errors import UserError
 from megatron_scratch.util.exits import OK
@@ -34,9 +35,9 @@ def launch(cfg: Config, world: int) -> int:
     if cfg.launcher.print_only:
         print(render(cfg, run, run / "jobs" / "NNNN"), end="")
         return OK
-    _need("sbatch")
+    need("sbatch")
     job = make_job(cfg, run)
-    _check(job)
+    check(job)
     print("\n".join(submit(job, cfg.launcher.chain, cfg.name)))
     return OK
 
@@ -44,7 +45,8 @@ def launch(cfg: Config, world: int) -> int:
 def check_names(cfg: Config, run: Path) -> None:
     """What a script is about to hold beside the launcher's own fields, which `check_launcher` has seen."""
     fits("name", cfg.name, WORD, "llama-1b.try2")
-    fits("dir", str(run), PATH, "runs/llama-1b")
+    fits("dir", str(run), PATH.replace(":", ""), "runs/llama-1b")  # PYTHONPATH would be two folders
+    contained(cfg.launcher, run / "jobs" / "NNNN")  # refuses what cannot be mounted
     fits("the path of this Python", _python(cfg.launcher), PATH, "/opt/venv/bin/python; or give launcher.python=PATH")
 
 
@@ -163,16 +165,22 @@ def carried(launcher: SlurmConfig, env: Mapping[str, str]) -> dict[str, str]:
 
 
 def submit(job: Path, chain: int, name: str) -> list[str]:
-    """Hand the script to Slurm, `chain` times, each waiting for the one before it; the lines to show."""
+    """Hand the script to Slurm, `chain` times, each waiting for the one before it, or not at all; the lines to show."""
     ids: list[str] = []
-    for _ in range(chain):
-        after = [f"--dependency=afterany:{ids[-1]}", "--kill-on-invalid-dep=yes"] if ids else []
-        ids.append(_sbatch(["--parsable", *after], job).split(";")[0])
-    write_json(job / "submitted.json", {"ids": [int(number) for number in ids]})
+    try:
+        for _ in range(chain):
+            after = [f"--dependency=afterany:{ids[-1]}", "--kill-on-invalid-dep=yes"] if ids else []
+            ids.append(_sbatch(["--parsable", *after], job).split(";")[0])
+            write_json(job / "submitted.json", {"ids": [int(number) for number in ids]})
+    except UserError:  # all of the chain, or nothing
+        if ids:
+            subprocess.run(["scancel", *ids], check=False)
+        raise
     return [f"submitted job {number} ({name}), {job / 'job.sbatch'}" for number in ids]
 
 
-def _check(job: Path) -> None:
+def check(job: Path) -> None:
+    """Let Slurm look at a script without taking it."""
     _sbatch(["--test-only"], job)
 
 
@@ -185,7 +193,7 @@ def _sbatch(options: list[str], job: Path) -> str:
     return done.stdout.strip()
 
 
-def _need(command: str) -> None:
+def need(command: str) -> None:
     if not _has(command):
         raise UserError(
             f"{command} is not on this machine; submit from a login node of the cluster, or give launcher.print_only=true"

@@ -53,6 +53,7 @@ NO_EFFECT = [
     (dict(container="pyxis"), "give both"), (dict(image="a"), "give both"), (dict(mounts=["/a:/b"]), "launcher.container"),
     (dict(processes=2), "launcher.nodes"), (dict(time="5:00", signal_seconds=300), "launcher.signal_seconds"),
     (dict(mode="mpi"), "srun"),
+    (dict(cpus_per_gpu=4, gpus=False), "launcher.gpus=true"),
     (dict(nodes=0), "at least 1"), (dict(chain=0), "at least 1"), (dict(max_restarts=-1), "at least 0"),
 ]  # fmt: skip
 

@@ -17,13 +17,13 @@ SHORTEST, LONGEST = 1.0, 30.0  # seconds between two looks at the queue: a twent
 
 def submit(sweep: Sweep, ready: Ready, stop: Stop) -> None:
     """Hand every point to Slurm, until told to stop. What Slurm refuses is dropped, with its reason."""
-    slurm._need("sbatch")
+    slurm.need("sbatch")
     jobs = []
     for point, cfg, _ in ready:
         run = sweep.home(point).absolute()
         try:
             job = slurm.make_job(cfg, run)
-            slurm._check(job)
+            slurm.check(job)
         except UserError as error:
             point.drop(error)
             shutil.rmtree(run, ignore_errors=True)  # made a moment ago, in a folder of our own
