@@ -128,7 +128,7 @@ PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP OverSubscribe=NO Priori
 EOF
   cat > "$D/etc/gres.conf" <<EOF
 AutoDetect=off
-NodeName=$TAG[1-$N] Name=gpu Type=h100 File=$D/dev/nvidia[0-$((G-1))]
+NodeName=${TAG}[1-$N] Name=gpu Type=h100 File=$D/dev/nvidia[0-$((G-1))]
 EOF
   cat > "$D/etc/cgroup.conf" <<EOF
 CgroupPlugin=cgroup/v1
@@ -156,7 +156,7 @@ net_up() { # a bridge inside the ctl namespace; nothing is added to the root nam
 net_pids() { ip netns pids "$1" 2>/dev/null || true; }
 net_down() {
   local n p
-  for n in $(ip netns list 2>/dev/null | awk -v t="^$TAG-(ctl|$TAG[0-9]+)$" '$1 ~ t {print $1}'); do
+  for n in $(ip netns list 2>/dev/null | awk -v t="^$TAG-(ctl|${TAG}[0-9]+)$" '$1 ~ t {print $1}'); do
     for p in $(net_pids $n); do kill -9 $p 2>/dev/null || true; done
     ip netns del $n
   done
@@ -220,6 +220,7 @@ stop() {
     in_ctl timeout 5 scancel -u "$(id -un)" 2>/dev/null || true
     wait_for 8 sh -c "[ -z \"\$($0 exec squeue -h 2>/dev/null)\" ]" || true
   fi
+  # shellcheck disable=SC2046 # one word a file
   term $(for n in $(nodes); do echo "$D/run/$n.pid"; done) "$D/run/slurmctld.pid"
   for n in $(nodes); do for p in $(node_pids $n); do kill -9 $p 2>/dev/null || true; done; done
   alive "$D/run/munged.pid" && kill -9 "$(cat "$D/run/munged.pid")" || true    # its own clean exit takes seconds

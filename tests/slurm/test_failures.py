@@ -23,6 +23,20 @@ def test_a_rank_that_dies_is_started_again_in_the_same_job(cluster: Cluster, cor
     assert [row["step"] for row in ledger(tmp_path, "start")] == [0, 4]
 
 
+def test_a_rank_that_hangs(cluster: Cluster, corpus: Path, tmp_path: Path, oracle: Path) -> None:
+    """A stopped process says nothing and ends nothing: the others name it and end, Slurm kills it, all start again."""
+    job = Job(cluster, corpus, tmp_path, "name=hangs", "fault.hang_timeout=15", hold=6)
+    job.reach()
+    os.kill(cluster.ranks(2)[0], signal.SIGSTOP)
+    job.let_go()
+    job.done()
+    job.check(oracle)
+    (hang,) = ledger(tmp_path, "hang")
+    assert len(hang["ranks"]) == 1 and hang["ranks"][0] in (2, 3) and f"on {cluster.node(2)}" in hang["reason"]
+    assert "stopped by a signal" in hang["reason"] or "its process or its host does not run" in hang["reason"]
+    assert "hang: no progress" in ledger(tmp_path, "job_failed")[0]["reason"]
+
+
 def test_a_run_without_progress_gives_up(cluster: Cluster, corpus: Path, tmp_path: Path) -> None:
     job = Job(cluster, corpus, tmp_path, "name=fails", "launcher.max_restarts=1", "launcher.chain=2", fail=2)
     job.done("FAILED")
