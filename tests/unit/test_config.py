@@ -65,8 +65,8 @@ def test_refused_in_one_line(overrides: list[str], words: list[str]) -> None:
 
 
 @pytest.mark.parametrize("argv", [["train", "optim.lrr=3"], ["trian"], ["data", "prepar"], ["plan"], ["train", "--wat"],
-                                  ["train", "-m", "hydra/sweeper=nosuch"], ["generate"], ["generate", "r", "temperature=0", "top_k=5"],
-                                  ["eval"],
+                                  ["train", "-m", "hydra/sweeper=nosuch"], ["generate"],
+                                  ["generate", "r", "temperature=0", "top_k=5"], ["eval"],
                                   ["data", "inspect"], ["eval", "no/such/run"],
                                   ["data", "prepare", "corpus.input="],
                                   ["train", "--config-dir", "no/such/folder"]])  # fmt: skip
