@@ -32,6 +32,16 @@ def one_thread() -> Iterator[None]:
     yield
 
 
+@pytest.fixture(autouse=True)
+def modules_go_with_their_test(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A plugin that one test wrote and imported is not what the next test finds under the same name."""
+    folder = str(tmp_path_factory.getbasetemp())
+    yield
+    for name, module in list(sys.modules.items()):
+        if str(vars(module).get("__file__")).startswith(folder):
+            del sys.modules[name]
+
+
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small prepared dataset of real text: bytes of the standard library's sources."""

@@ -96,6 +96,7 @@ def test_plugin_registers_a_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         "from megatron_scratch.registry import register\n"
         "register('norm', 'my_norm', 'megatron_scratch.models.norms:RMSNorm')\n")  # fmt: skip
     monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(registry, "_ENTRIES", {kind: dict(table) for kind, table in registry._ENTRIES.items()})
     registry.load_plugins(["my_parts"])
     check(compose.load(["model.norm=my_norm"]), world=1)
     with pytest.raises(UserError, match="no_such_module"):
