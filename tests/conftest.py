@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,7 +39,7 @@ def modules_go_with_their_test(tmp_path_factory: pytest.TempPathFactory) -> Iter
     folder = str(tmp_path_factory.getbasetemp())
     yield
     for name, module in list(sys.modules.items()):
-        if str(vars(module).get("__file__")).startswith(folder):
+        if str(getattr(module, "__dict__", {}).get("__file__")).startswith(folder):  # getattr of it would load a lazy module
             del sys.modules[name]
 
 
@@ -51,3 +52,14 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("corpus") / "bytes"
     prepare(CorpusConfig(input="stdlib", output=str(output), tokenizer="byte", max_bytes=200_000, valid_fraction=0.05))
     return output
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1 MiB; needs the right to mount one."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1M", "tmpfs", str(folder)], capture_output=True).returncode:
+        pytest.skip("may not mount a file system here")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)

@@ -26,11 +26,11 @@ from megatron_scratch.util.env import everything
 from megatron_scratch.util.errors import RunFailed, StopRequested, UserError, choice
 from megatron_scratch.util.exits import BAD_INPUT, FAILED, OK, STOPPED, exit_code
 from megatron_scratch.util.machine import die_with_parent
+from megatron_scratch.util.signals import ENDING
 from megatron_scratch.util.starts import End, Start
 
 GIVEN_UP = 3  # too many starts without progress: for a cluster, not to be started again
 RETRYABLE = 128  # Kubeflow starts a pod again whose exit code is at least this, and no other
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 RENDEZVOUS = ("static", "c10d")
 POLL = 0.1  # seconds
 
@@ -43,7 +43,7 @@ class Told:
         self.ranks: set[int] = set()  # have been told
 
     def listen(self) -> None:
-        for number in SIGNALS:
+        for number in ENDING:  # and for good: one that comes while the ends are judged must not lose the exit code
             signal.signal(number, self._on)
 
     def _on(self, number: int, frame: FrameType | None) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import subprocess
 import sys
 import tempfile
@@ -13,6 +12,7 @@ from pathlib import Path
 from megatron_scratch.config import Config, compose
 from megatron_scratch.util.env import Rank, everything
 from megatron_scratch.util.exits import BAD_INPUT, FAILED, OK
+from megatron_scratch.util.signals import handled
 
 GRACE = 30.0  # seconds that the other ranks get to end by themselves, once one has failed; one that is stopped never does
 POLL = 0.05
@@ -57,12 +57,8 @@ def _wait(ranks: list[subprocess.Popen[bytes]], logs: list[Path]) -> int:
             if process.poll() is None:
                 process.send_signal(number)
 
-    old = {n: signal.signal(n, forward) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
-    try:
+    with handled(forward):
         first_failed = _watch(ranks)
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
     if first_failed is None:
         return OK
     code = ranks[first_failed].returncode

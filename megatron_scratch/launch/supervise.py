@@ -31,6 +31,7 @@ from megatron_scratch.launch.step import meeting, secrets, step
 from megatron_scratch.util.env import Allocation, read_allocation
 from megatron_scratch.util.errors import RunFailed, StopRequested, UserError
 from megatron_scratch.util.exits import exit_code
+from megatron_scratch.util.signals import handled
 from megatron_scratch.util.starts import Start, Verdict, verdict
 
 POLL = 0.2  # seconds
@@ -51,12 +52,8 @@ class Signals:
 
     @contextmanager
     def listening(self) -> Iterator[Signals]:
-        old = {number: signal.signal(number, self._on) for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)}
-        try:
+        with handled(self._on):
             yield self
-        finally:
-            for number, handler in old.items():
-                signal.signal(number, handler)
 
 
 class Supervisor:

@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # Slurm's end of time, Ctrl-C, the usual advance warning
+from megatron_scratch.util.signals import handled
+
 STOP, SAVE = 1, 1 << 32  # what ranks tell each other: the sum over all of them, of less than 2^31, says who was asked for what
 LOOK_EVERY = 1.0  # seconds between two looks for a file: on a parallel file system a look is a request to a server
 
@@ -54,9 +55,5 @@ class StopFlag:
     @contextmanager
     def listening(self) -> Iterator[StopFlag]:
         """Handle the signals inside, put the old handlers back after."""
-        old = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
-        try:
+        with handled(self._on_signal):
             yield self
-        finally:
-            for number, handler in old.items():
-                signal.signal(number, handler)

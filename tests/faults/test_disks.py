@@ -97,17 +97,6 @@ def test_a_failure_beside_training_is_heard_of_in_the_next_step(corpus: Path, tm
     assert len(steps) <= 4, "the save began after step 2"
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 1 MiB; needs the right to mount one."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1M", "tmpfs", str(folder)], capture_output=True).returncode:
-        pytest.skip("may not mount a file system here")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
-
-
 def test_a_disk_that_is_full_before_anything_is_written(small_disk: Path, corpus: Path, capfd: Any) -> None:
     cfg = config(corpus, small_disk / "r", *BASE, "model.hidden_size=64", "model.ffn_size=256")
     assert run(cfg) == [1]

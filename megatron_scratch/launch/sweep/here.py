@@ -29,6 +29,7 @@ from megatron_scratch.util.env import everything
 from megatron_scratch.util.errors import UserError
 from megatron_scratch.util.exits import OK, STOPPED, outcome
 from megatron_scratch.util.machine import die_with_parent, local_gpus
+from megatron_scratch.util.signals import handled
 
 POLL = 0.1
 INTERRUPTED = (130, -signal.SIGINT, -signal.SIGTERM, -signal.SIGUSR1)  # told to stop before there was anything to save
@@ -45,12 +46,8 @@ class Stop:
 
     @contextmanager
     def listening(self) -> Iterator[Stop]:
-        old = {number: signal.signal(number, self._on) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
-        try:
+        with handled(self._on):
             yield self
-        finally:
-            for number, handler in old.items():
-                signal.signal(number, handler)
 
 
 @dataclass
