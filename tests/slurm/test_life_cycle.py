@@ -49,7 +49,10 @@ def check_requeued(job: Job, oracle: Path) -> None:
 
 
 def test_a_crashed_node(cluster: Cluster, corpus: Path, tmp_path: Path, oracle: Path) -> None:
-    """Power is cut: Slurm starts the job again elsewhere, it goes on from the newest checkpoint."""
+    """Power is cut: Slurm starts the job again elsewhere, it goes on from the newest checkpoint.
+
+    Who notices first is open. Where it is the ranks, their supervisor tries the nodes that it has once more, and Slurm ends that.
+    """
     job = Job(cluster, corpus, tmp_path, "name=crashed", hold=6)
     job.reach()
     cluster.sh("crash", cluster.node(2))
@@ -59,7 +62,9 @@ def test_a_crashed_node(cluster: Cluster, corpus: Path, tmp_path: Path, oracle: 
     finally:
         cluster.sh("boot", cluster.node(2))
     job.check(oracle)
-    assert job.nodes() == [[cluster.node(1), cluster.node(2)], [cluster.node(1), cluster.node(3)]]
+    before, (after,) = ([row["nodes"] for row in ledger(tmp_path, "job") if row["requeues"] == n] for n in (0, 1))
+    assert before and all(nodes == [cluster.node(1), cluster.node(2)] for nodes in before)
+    assert after == job.nodes()[-1] == [cluster.node(1), cluster.node(3)]
     assert [row["step"] for row in ledger(tmp_path, "start")] == [0, 4]
 
 
