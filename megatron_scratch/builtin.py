@@ -1,5 +1,6 @@
 """Every part that ships with the package, on one screen: kind, name, where it lives. Listing them imports none of them."""
 
+from megatron_scratch.config.cleaners import LengthSettings, UnicodeSettings
 from megatron_scratch.config.engine import DDPConfig, FSDPConfig, HSDPConfig, Zero1Config, Zero2Config, Zero3Config
 from megatron_scratch.config.launcher import KubernetesConfig, LauncherConfig, SlurmConfig
 from megatron_scratch.config.optim import (
@@ -35,6 +36,9 @@ _PARTS = {
                  "interleaved_zero_bubble": "config.pipeline:INTERLEAVED_ZERO_BUBBLE", "zbv_zero_bubble": "config.pipeline:ZBV",
                  "dualpipev": "config.pipeline:DUALPIPEV"},
     "logging": {"console": "train.metrics:Console"},
+    "encoder": {"gigatoken": "corpus.write.encoders:Gigatoken", "tiktoken": "corpus.write.encoders:Tiktoken",
+                "native": "corpus.write.encoders:Native"},
+    "corpus_engine": {"local": "corpus.engines.local:Local"},
     "sample_order": {"documents": "data.dataset:DocumentOrder", "contiguous": "data.dataset:ContiguousOrder"},
     "tokenizer_trainer": {"sentencepiece_bpe": "corpus.train_tokenizer:sentencepiece_bpe",
                           "sentencepiece_unigram": "corpus.train_tokenizer:sentencepiece_unigram",
@@ -47,6 +51,8 @@ _ENGINES = {"ddp": ("ddp:DDPEngine", DDPConfig), "fsdp": ("fsdp:FSDPEngine", FSD
             "zero3": ("zero:ZeroEngine", Zero3Config)}  # fmt: skip
 _LAUNCHERS = {"local": ("local:launch", LauncherConfig), "slurm": ("slurm:launch", SlurmConfig),
               "kubernetes": ("kubernetes:launch", KubernetesConfig)}  # fmt: skip
+_CLEANERS = {"newlines": ("basic:Newlines", None), "unicode": ("basic:Unicode", UnicodeSettings),
+             "whitespace": ("basic:Whitespace", None), "length": ("basic:Length", LengthSettings)}  # fmt: skip
 _OPTIMIZERS = {"adamw": AdamWConfig, "sgd": SGDConfig, "lion": LionConfig, "muon": MuonConfig}
 _SCHEDULES = {"constant": ScheduleConfig, "linear": DecayConfig, "cosine": DecayConfig,
               "inverse_sqrt": FloorConfig, "wsd": WSDConfig}  # fmt: skip
@@ -57,6 +63,8 @@ def register_all() -> None:
     for kind, table in _PARTS.items():
         for name, target in table.items():
             register(kind, name, f"{_P}.{target}")
+    for name, (target, config) in _CLEANERS.items():
+        register("cleaner", name, f"{_P}.corpus.clean.{target}", config)
     for name, (target, config) in _ENGINES.items():
         register("engine", name, f"{_P}.engine.{target}", config)
     for name, (target, config) in _LAUNCHERS.items():

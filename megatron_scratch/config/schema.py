@@ -7,7 +7,8 @@ from typing import Any
 
 from megatron_scratch import registry
 from megatron_scratch.config.attention import check_attention
-from megatron_scratch.config.data import CorpusConfig, DataConfig, check_corpus, check_data
+from megatron_scratch.config.corpus import CorpusConfig, check_corpus
+from megatron_scratch.config.data import DataConfig, check_data
 from megatron_scratch.config.engine import EngineConfig, check_engine, check_reduction, replicas
 from megatron_scratch.config.fault import FaultConfig, check_fault, check_replicas
 from megatron_scratch.config.launcher import LauncherConfig, check_launcher

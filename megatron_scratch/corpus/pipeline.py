@@ -1,90 +1,123 @@
-"""`data prepare`: read and clean, train the tokenizer, split and tokenize. Each stage leaves a marker, the manifest comes last.
+"""`data prepare`: the stages of `graph.py`, the two datasets, and the manifest, which comes last.
 
-Killed anywhere, the same command goes on at the first stage without a marker and gives the same bytes. Between stages the text
-lies in `OUTPUT/.prepare` (an indexed dataset of UTF-8 bytes), so memory holds 16 bytes per document and one batch of text.
+Killed anywhere, the same command goes on at the tasks without a marker and gives the same bytes. Between stages all lies in
+`OUTPUT/.prepare`; memory holds one shard per worker, whatever the size of the corpus.
 """
 
 from __future__ import annotations
 
-import hashlib
+import fcntl
 import json
 import shutil
-from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from megatron_scratch import registry
-from megatron_scratch.config.data import CorpusConfig, check_corpus
-from megatron_scratch.corpus.clean import Cleaner
-from megatron_scratch.corpus.sources import Document, Dropped, SourceFile, find_files, read_documents
-from megatron_scratch.corpus.tokenize import sample_texts, split_by_document, split_tail, write_split
-from megatron_scratch.data.indexed import IndexedDataset, IndexedWriter
+from megatron_scratch.config.corpus import CorpusConfig, check_corpus
+from megatron_scratch.corpus.graph import FORMAT, Graph
+from megatron_scratch.corpus.read import SAMPLES
+from megatron_scratch.corpus.sources import SourceFile, find_files
+from megatron_scratch.corpus.stages import hash_of
+from megatron_scratch.corpus.write import encoders
+from megatron_scratch.corpus.write.encode import SIDES, Deal
+from megatron_scratch.corpus.write.parts import join
+from megatron_scratch.corpus.write.sample import sample_documents, sample_texts
+from megatron_scratch.data.indexed import best_dtype
 from megatron_scratch.data.tokenizer import FILES, Tokenizer, load_tokenizer
 from megatron_scratch.util.errors import UserError
 from megatron_scratch.util.files import atomic_write, sha256_file, write_json
 
-FORMAT = 1
-MANIFEST = "manifest.json"
-WORK = ".prepare"
-SPLITS = ("train", "valid")
-OUTPUTS = [f"{split}.{suffix}" for split in SPLITS for suffix in ("bin", "idx")] + list(FILES)
-Progress = Callable[[str], Any]
+MANIFEST, WORK, REMOVED, REPORT = "manifest.json", ".prepare", "removed.jsonl", "report.html"
+OUTPUTS = [f"{side}.{suffix}" for side in SIDES for suffix in ("bin", "idx")] + list(FILES)
+NOT_CONTENT = ("output", "engine", "workers", "shard_mb")  # how and where, not what: the same bytes come out
+Say = Callable[[str], Any]
 
 
-def prepare(cfg: CorpusConfig, progress: Progress | None = None) -> dict[str, Any]:
-    """Make `cfg.output`/{train,valid}.{bin,idx}, the tokenizer and manifest.json. Returns the manifest.
+def prepare(cfg: CorpusConfig, progress: Say | None = None, plugins: list[str] | None = None) -> dict[str, Any]:
+    """Make `cfg.output`/{train,valid}.{bin,idx,meta}, the tokenizer, removed.jsonl and manifest.json. Returns the manifest.
 
     Args:
-        progress: gets one line per stage, and one per batch of text.
+        progress: gets one line per stage and task.
+        plugins: modules that register cleaners, tokenizers or encoders of the user's own; workers import them.
 
     Errors: `UserError` for a missing or empty input, an impossible vocabulary, or an output made with other settings.
     """
-    check_corpus(cfg)
     say = progress or (lambda line: None)
+    check_corpus(cfg)
     output = Path(cfg.output)
     files = find_files(cfg.input, exclude=output)
-    keys = _keys(cfg, files)
-    if manifest := _finished(output, keys["tokenize"]):
-        say(f"{output} is up to date: {_summary(manifest)}")
-        return manifest
-    work = output / WORK
-    work.mkdir(parents=True, exist_ok=True)
-    read = _stage(work, "read", keys, lambda: _read(cfg, files, work, say))
-    say(f"read {read['documents']} documents, {read['bytes'] / 1e6:.1f} MB; {_lost(read['dropped'])}")
-    store = IndexedDataset(work / "text")
-    told = _stage(work, "tokenizer", keys, lambda: _tokenizer(cfg, store, output))
-    tokenizer = load_tokenizer(output / told["file"])
-    say(f"tokenizer {cfg.tokenizer}: {tokenizer.vocab_size} ids")
-    splits = _stage(work, "tokenize", keys, lambda: _tokenize(cfg, store, work, tokenizer, say))
-    manifest = _manifest(cfg, keys["tokenize"], read, told, splits)
-    write_json(output / MANIFEST, manifest)
-    shutil.rmtree(work)
-    say(f"{output}: {_summary(manifest)}")
+    key = _key(cfg, files)
+    with _locked(output):
+        if manifest := _finished(output, key):
+            say(f"{output} is up to date: {summary(manifest)}")
+            return manifest
+        work = output / WORK
+        work.mkdir(parents=True, exist_ok=True)
+        engine = registry.get("corpus_engine", cfg.engine)(cfg, work, say)
+        with engine:
+            manifest = _prepare(Graph(cfg, files, work, engine, plugins or [], say), output, key)
+        write_json(output / MANIFEST, manifest)
+        shutil.rmtree(work)
+    say(f"{output}: {summary(manifest)}")
     return manifest
 
 
-def _lost(dropped: dict[str, Any]) -> str:
-    """What was left out, by reason, with the first place of each; the manifest names more."""
-    if not dropped:
-        return "nothing left out"
-    return "left out: " + ", ".join(f"{told['count']} {reason} (e.g. {told['samples'][0]})" for reason, told in dropped.items())
+def _prepare(graph: Graph, output: Path, key: str) -> dict[str, Any]:
+    cfg, say = graph.cfg, graph.say
+    told = _tokenizer(graph, output)
+    path = str((output / told["file"]).resolve())
+    tokenizer = load_tokenizer(path)
+    say(f"tokenizer {cfg.tokenizer}: {tokenizer.vocab_size} ids, encoded by {told['encoder']}")
+    deal = _deal(graph, say)
+    encoded = graph.encoded(path, told["encoder"], deal)
+    dtype = best_dtype(tokenizer.vocab_size)
+    sides = [side for side in SIDES if side == "train" or cfg.valid_fraction]
+    splits: dict[str, Any] = {"split": deal.split}
+    written = {}
+    for side in sides:
+        splits[side] = {name: sum(told[side][name] for told in encoded.results) for name in encoded.results[0][side]}
+        splits[side] |= {"dtype": dtype.name}
+        parts = graph.parts(encoded, side, deal.split, dtype)
+        lineage = {"config": content(cfg), "key": key, "tokenizer": tokenizer.sha256}
+        written |= join(output / side, parts, dtype, [file.name for file in graph.files], lineage)
+    listing = graph.listed
+    with atomic_write(output / REMOVED) as f:
+        for path in listing.paths("removed.jsonl"):
+            with open(path, "rb") as part:
+                shutil.copyfileobj(part, f, 1 << 20)
+    for name in (told["file"], REMOVED):
+        written[name] = ((output / name).stat().st_size, sha256_file(output / name))
+    files = {name: {"bytes": size, "sha256": sha256} for name, (size, sha256) in sorted(written.items())}
+    return {"format": FORMAT, "key": key, "config": content(cfg), "sources": _sources(graph), "dropped": _dropped(graph),
+            "stages": _stages(graph), "tokenizer": told, "splits": splits, "files": files}  # fmt: skip
 
 
-def _hash(*parts: Any) -> str:
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+def content(cfg: CorpusConfig) -> dict[str, Any]:
+    """The settings that decide the bytes."""
+    return {name: value for name, value in asdict(cfg).items() if name not in NOT_CONTENT}
 
 
-def _keys(cfg: CorpusConfig, files: list[SourceFile]) -> dict[str, str]:
-    """What each stage depends on, as a hash: the settings it reads, and the key of the stage before."""
+def _key(cfg: CorpusConfig, files: list[SourceFile]) -> str:
     trained = cfg.tokenizer in registry.names("tokenizer_trainer")
     named = cfg.tokenizer if trained else load_tokenizer(cfg.tokenizer).sha256
-    read = _hash(FORMAT, [(f.name, f.probe()) for f in files], cfg.text_key, cfg.dedup, cfg.min_chars, cfg.max_bytes)
-    tokenizer = _hash(read, named, cfg.vocab_size, cfg.tokenizer_bytes)
-    return {"read": read, "tokenizer": tokenizer, "tokenize": _hash(tokenizer, cfg.split, cfg.valid_fraction, cfg.seed)}
+    return hash_of(FORMAT, [(file.name, file.probe()) for file in files], content(cfg), named)
+
+
+@contextmanager
+def _locked(output: Path) -> Iterator[None]:
+    """One preparation at a time in a folder."""
+    output.mkdir(parents=True, exist_ok=True)
+    with open(output / ".lock", "a") as f:
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(
+                f"corpus.output={output} is being written by another process; wait, or choose another folder"
+            ) from error
+        yield
 
 
 def _finished(output: Path, key: str) -> dict[str, Any] | None:
@@ -109,96 +142,92 @@ def _finished(output: Path, key: str) -> dict[str, Any] | None:
     return None
 
 
-def _stage(work: Path, name: str, keys: dict[str, str], run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """The stage's result, from its marker if that has the right key, else by running it; the marker is written last."""
-    marker = work / f"{name}.json"
+def _tokenizer(graph: Graph, output: Path) -> dict[str, Any]:
+    """Train or copy the tokenizer into the output, and choose its encoder. A trainer that says `whole_corpus` sees all text."""
+    cfg, marker = graph.cfg, graph.work / "tokenizer.json"
+    trained = cfg.tokenizer in registry.names("tokenizer_trainer")
+    key = hash_of(FORMAT, graph.left_key, cfg.tokenizer if trained else load_tokenizer(cfg.tokenizer).sha256, cfg.vocab_size,
+                  cfg.tokenizer_bytes, cfg.encoder)  # fmt: skip
     if marker.is_file():
         told = json.loads(marker.read_text("utf-8"))
-        if told["key"] == keys[name]:
+        if told["key"] == key and (output / told["result"]["file"]).is_file():
             return told["result"]
-    result = run()
-    write_json(marker, {"key": keys[name], "result": result})
-    return result
-
-
-def _read(cfg: CorpusConfig, files: list[SourceFile], work: Path, say: Progress) -> dict[str, Any]:
-    """Clean text to `text.{bin,idx}`; per document, a hash and its characters to `documents.npy` (D, 2) u64."""
-    dropped, columns, left = Dropped(), array("Q"), cfg.max_bytes
-    clean = Cleaner(cfg.min_chars, cfg.dedup, dropped)
-    sources = {f.entry: {"input": f.entry, "files": 0, "documents": 0, "characters": 0, "bytes": 0} for f in files}
-    for file in files:
-        sources[file.entry]["files"] += 1
-    with IndexedWriter(work / "text", np.uint8) as writer:
-        for file, document in read_documents(files, cfg.text_key, dropped):
-            kept = clean(document if left is None else _first(document, left))
-            if kept:
-                raw = kept[0].encode("utf-8")
-                writer.add_document(np.frombuffer(raw, np.uint8))
-                columns.extend([int.from_bytes(kept[1][:8], "little"), len(kept[0])])
-                for name, n in (("documents", 1), ("characters", len(kept[0])), ("bytes", len(raw))):
-                    sources[file.entry][name] += n
-                left = None if left is None else left - len(raw)
-            if left is not None and left <= 0:
-                break
-    if not columns:
-        why = ", ".join(f"{n} {reason}" for reason, n in dropped.counts.items()) or "the files are empty"
-        raise UserError(f"corpus.input={cfg.input} gives no document ({why}); give text, or .jsonl with the field {cfg.text_key!r}")
-    with atomic_write(work / "documents.npy") as f:
-        np.save(f, np.array(columns, dtype=np.uint64).reshape(-1, 2))
-    return {"documents": len(columns) // 2, "bytes": writer.tokens, "sources": list(sources.values()),
-            "dropped": dropped.as_dict()}  # fmt: skip
-
-
-def _first(document: Document, limit: int) -> Document:
-    """A document cut to `limit` bytes, at a character."""
-    return Document(document.text.encode("utf-8")[:limit].decode("utf-8", "ignore"), document.source, document.offset)
-
-
-def _tokenizer(cfg: CorpusConfig, store: IndexedDataset, output: Path) -> dict[str, Any]:
-    """Train or copy the tokenizer into the output. A trainer that says `whole_corpus` sees all of the text, not a sample."""
-    if cfg.tokenizer in registry.names("tokenizer_trainer"):
-        train = registry.get("tokenizer_trainer", cfg.tokenizer)
-        limit = store.num_tokens if getattr(train, "whole_corpus", False) else cfg.tokenizer_bytes
-        tokenizer, name = train(sample_texts(store, limit), cfg.vocab_size), cfg.tokenizer
-    else:
-        tokenizer, name = load_tokenizer(cfg.tokenizer), "given"
+    tokenizer = _trained(graph) if trained else load_tokenizer(cfg.tokenizer)
     for file in FILES:  # of an earlier, unfinished try with another kind
         (output / file).unlink(missing_ok=True)
     path = tokenizer.save(output)
-    return {"file": path.name, "sha256": tokenizer.sha256, "vocab_size": tokenizer.vocab_size, "eod_id": tokenizer.eod_id,
-            "made_by": name}  # fmt: skip
+    encoder, passed = (cfg.encoder, {}) if cfg.encoder != "auto" else encoders.choose(str(path.resolve()), sample_documents(graph))
+    result = {"file": path.name, "sha256": tokenizer.sha256, "vocab_size": tokenizer.vocab_size, "eod_id": tokenizer.eod_id,
+              "made_by": cfg.tokenizer if trained else "given", "encoder": encoder, "encoders_passed_over": passed}  # fmt: skip
+    write_json(marker, {"key": key, "result": result})
+    return result
 
 
-def _tokenize(cfg: CorpusConfig, store: IndexedDataset, work: Path, tokenizer: Tokenizer, say: Progress) -> dict[str, Any]:
-    """Write the splits beside `work`; returns the split that was used and the counts of each side."""
-    output = work.parent
-    columns = np.load(work / "documents.npy")
-    split = cfg.split if len(columns) > 1 or not cfg.valid_fraction else "tail"  # one document cannot be dealt to two sides
-    if split == "tail":
-        sides = split_tail(store, columns[:, 1].astype(np.int64), cfg.valid_fraction)
-    else:
-        sides = split_by_document(store, columns[:, 0], cfg.valid_fraction, cfg.seed)
+def _trained(graph: Graph) -> Tokenizer:
+    cfg = graph.cfg
+    train = registry.get("tokenizer_trainer", cfg.tokenizer)
+    limit = None if getattr(train, "whole_corpus", False) else cfg.tokenizer_bytes
+    return train(sample_texts(graph, limit), cfg.vocab_size)
+
+
+def _deal(graph: Graph, say: Say) -> Deal:
+    """Who goes to valid. Each side gets a document at least, unless corpus.valid_fraction is 0; one alone is split by its tail."""
+    cfg = graph.cfg
+    documents, characters = graph.left_total("documents"), graph.left_total("characters")
+    split = cfg.split if documents > 1 or not cfg.valid_fraction else "tail"  # one document cannot be dealt to two sides
     if split != cfg.split:
         say(f"one document: its last {cfg.valid_fraction:.0%} is the validation set (corpus.split=tail)")
-    counts: dict[str, Any] = {"split": split}
-    whole = store.num_tokens / 1e6
-    for name in SPLITS if cfg.valid_fraction else SPLITS[:1]:
-        report = lambda done, name=name: say(f"{name}: {done / 1e6:.1f} of {whole:.1f} MB")  # noqa: E731
-        counts[name] = write_split(sides[name], tokenizer, output / name, report)
-    return counts
+    if split == "tail":
+        return Deal(split, int(characters * (1 - cfg.valid_fraction)), cfg.seed, characters)
+    cut = int(cfg.valid_fraction * 2.0**64)
+    if cut:
+        least, most = min(told["least"] for told in graph.left), max(told["most"] for told in graph.left)
+        cut = min(max(cut, least + 1), most)
+    return Deal(split, cut, cfg.seed, characters)
 
 
-def _manifest(cfg: CorpusConfig, key: str, read: dict[str, Any], told: dict[str, Any],
-              splits: dict[str, Any]) -> dict[str, Any]:  # fmt: skip
-    """The same for the same input and settings, whatever the output folder is called."""
-    output = Path(cfg.output)
-    names = [told["file"], *(f"{split}.{suffix}" for split in SPLITS if split in splits for suffix in ("bin", "idx"))]
-    files = {name: {"bytes": (output / name).stat().st_size, "sha256": sha256_file(output / name)} for name in names}
-    config = {name: value for name, value in asdict(cfg).items() if name != "output"}
-    return {"format": FORMAT, "key": key, "config": config, "sources": read["sources"], "dropped": read["dropped"],
-            "tokenizer": told, "splits": splits, "files": files}  # fmt: skip
+def _sources(graph: Graph) -> list[dict[str, Any]]:
+    """Per entry of corpus.input: files, and what reading and cleaning left of them."""
+    sources: dict[str, dict[str, Any]] = {}
+    for file in graph.files:
+        told = sources.setdefault(file.entry, {"input": file.entry, "files": 0, "documents": 0, "characters": 0, "bytes": 0})
+        told["files"] += 1
+    for result in graph.read.results:
+        for index, counts in result["sources"].items():
+            told = sources[graph.files[int(index)].entry]
+            for name, n in counts.items():
+                told[name] += n
+    return list(sources.values())
 
 
-def _summary(manifest: dict[str, Any]) -> str:
-    sides = [f"{name} {s['documents']} documents, {s['tokens']} tokens" for name in SPLITS if (s := manifest["splits"].get(name))]
+def _dropped(graph: Graph) -> dict[str, Any]:
+    """What was left out, by reason: how many, and the first places with the beginnings of their texts."""
+    merged: dict[str, Any] = {}
+    for told in [*graph.read.results, *graph.listed.results]:
+        for reason, dropped in told["dropped"].items():
+            into = merged.setdefault(reason, {"count": 0, "samples": [], "heads": []})
+            into["count"] += dropped["count"]
+            for sample in dropped["samples"][: SAMPLES - len(into["samples"])]:
+                into["samples"].append(_place(sample, graph.lines_before))
+                into["heads"].append(sample["head"])
+    return dict(sorted(merged.items()))
+
+
+def _place(sample: dict[str, Any], lines_before: dict[tuple[str, int], int]) -> str:
+    """file:line of a line, file@place of anything else that is not at the beginning of its file."""
+    if sample["line"] is not None:
+        return f"{sample['source']}:{lines_before[sample['source'], sample['begin']] + sample['line']}"
+    return f"{sample['source']}@{sample['place']}" if sample["place"] else sample["source"]
+
+
+def _stages(graph: Graph) -> dict[str, Any]:
+    """What the stages of deduplication counted."""
+    stages = {"read": graph.read, "exact": graph.exact, "sign": graph.signed, "pair": graph.paired, "check": graph.checked,
+              "star": graph.star, "contaminated": graph.contaminated}  # fmt: skip
+    return {name: {key: done.total(key) for key, value in done.results[0].items() if isinstance(value, int) and key != "runs"}
+            for name, done in stages.items() if done is not None and done.results}  # fmt: skip
+
+
+def summary(manifest: dict[str, Any]) -> str:
+    sides = [f"{name} {s['documents']} documents, {s['tokens']} tokens" for name in SIDES if (s := manifest["splits"].get(name))]
     return "; ".join([*sides, f"vocabulary {manifest['tokenizer']['vocab_size']}"])

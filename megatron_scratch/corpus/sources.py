@@ -1,100 +1,130 @@
-"""Raw text to documents: the standard library, text files, JSON lines, folders and globs, always in the same order.
-
-What cannot be read as text is dropped, counted by reason, and named (file, or file:line); nothing stops for one bad line.
-"""
+"""What `corpus.input` names: the standard library, local files, folders and globs, URLs through fsspec, Hugging Face datasets.
+Always in the same order, each file once."""
 
 from __future__ import annotations
 
 import glob
-import gzip
 import hashlib
-import json
 import os
 import sysconfig
-from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
+from megatron_scratch.config.remote import check_url, is_url
 from megatron_scratch.util.errors import UserError
 
 STDLIB = "stdlib"  # the corpus that needs no file and no network
 STDLIB_SKIP = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
-SAMPLES = 5  # places named per reason
+TOPICS = f"{STDLIB}:pydoc_data/topics.py"  # the language reference, 79 documents in one module
+DATASETS = "datasets://"  # datasets://NAME?name=CONFIG&split=train, read by the package datasets as a stream
 PROBE = 1 << 16  # bytes read at each end of a file to tell whether it changed
 
 
 @dataclass(frozen=True)
-class Document:
-    """One text, where it came from, and at which byte of that file (uncompressed) it begins."""
-
-    text: str
-    source: str
-    offset: int
-
-
-@dataclass
-class Dropped:
-    """What was left out: a count per reason, and the first places."""
-
-    counts: Counter[str] = field(default_factory=Counter)
-    places: dict[str, list[str]] = field(default_factory=dict)
-
-    def add(self, reason: str, place: str) -> None:
-        self.counts[reason] += 1
-        if self.counts[reason] <= SAMPLES:
-            self.places.setdefault(reason, []).append(place)
-
-    def as_dict(self) -> dict[str, dict[str, object]]:
-        return {reason: {"count": n, "samples": self.places[reason]} for reason, n in sorted(self.counts.items())}
-
-
-@dataclass(frozen=True)
 class SourceFile:
-    """One file to read: the name it has in the manifest, where it is, and the input entry that found it."""
+    """One file to read. name: in the manifest; url: a local path or what fsspec opens; entry: the item of corpus.input it is of."""
 
     name: str
-    path: Path
+    url: str
     entry: str
+
+    @property
+    def local(self) -> bool:
+        return not is_url(self.url)
+
+    def open(self) -> IO[bytes]:
+        """The bytes as they lie, compressed or not; can seek."""
+        if self.local:
+            return open(self.url, "rb")
+        fs, path = filesystem(self.url)
+        return fs.open(path, "rb")
+
+    def size(self) -> int:
+        """Bytes; 0 for a stream that has none."""
+        if self.url.startswith(DATASETS):
+            return 0
+        if self.local:
+            return os.stat(self.url).st_size
+        fs, path = filesystem(self.url)
+        return int(fs.size(path))
 
     def probe(self) -> str:
         """sha256 of size, first and last 64 KiB: a changed file is noticed at bounded cost, wherever it lies, whatever its date."""
-        size = self.path.stat().st_size
+        size = self.size()
         digest = hashlib.sha256(str(size).encode())
-        with open(self.path, "rb") as f:
+        if self.url.startswith(DATASETS):
+            return digest.hexdigest()
+        with self.open() as f:
             digest.update(f.read(PROBE))
             f.seek(max(f.tell(), size - PROBE))
             digest.update(f.read())
         return digest.hexdigest()
 
 
+def filesystem(url: str) -> tuple[Any, str]:
+    """(fsspec's filesystem, the path in it) of a URL."""
+    import fsspec
+
+    return fsspec.core.url_to_fs(url)
+
+
 def find_files(given: object, exclude: Path | None = None) -> list[SourceFile]:
     """The files of `corpus.input`, in the order given, sorted inside each entry; each file once.
 
     Args:
-        given: one or a list of: a file, a folder (searched recursively, names that begin with a dot left out), a glob, `stdlib`.
-        exclude: a folder that is never read (the output, which may lie inside an input).
+        given: an entry or a list of them.
+        exclude: a folder whose files are not input (the output may lie inside an input).
     """
-    entries = [given] if isinstance(given, (str, Path)) else list(given or [])
+    entries = [given] if isinstance(given, (str, Path)) else list(given or [])  # type: ignore[call-overload]
     if not entries or "" in entries:
-        raise UserError(f"corpus.input={given!r} names nothing; give files, folders, globs or {STDLIB}")
-    found: dict[Path, SourceFile] = {}
+        raise UserError(f"corpus.input={given!r} names nothing; give files, folders, globs, URLs or {STDLIB}")
+    outside = None if exclude is None else exclude.resolve()
+    found: dict[str, SourceFile] = {}
     for entry in map(str, entries):
-        files = _stdlib() if entry == STDLIB else [SourceFile(str(p), p, entry) for p in _expand(entry)]
-        for file in files:
-            if exclude is None or exclude.resolve() not in file.path.resolve().parents:
-                found.setdefault(file.path.resolve(), file)
+        for file in _files(entry):
+            identity = str(Path(file.url).resolve()) if file.local else file.url
+            if outside is None or not file.local or outside not in Path(identity).parents:
+                found.setdefault(identity, file)
     return list(found.values())
 
 
+def _files(entry: str) -> list[SourceFile]:
+    if entry == STDLIB:
+        return _stdlib()
+    if entry.startswith(DATASETS):
+        return [SourceFile(entry, entry, entry)]
+    if is_url(entry):
+        return [SourceFile(url, url, entry) for url in _remote(entry)]
+    return [SourceFile(str(p), str(p), entry) for p in _expand(entry)]
+
+
 def _stdlib() -> list[SourceFile]:
-    """Python's own sources without tests; `pydoc_data.topics` first, the language reference as 79 documents."""
+    """Python's own sources without tests; `pydoc_data.topics` first."""
     root = Path(sysconfig.get_path("stdlib"))
     names = [p.relative_to(root) for p in root.rglob("*.py")]
     kept = [n for n in names if not STDLIB_SKIP.intersection(n.parts) and not n.name.startswith("_sysconfigdata")]  # it names paths
     kept.sort(key=lambda n: (n.as_posix() != "pydoc_data/topics.py", n.as_posix()))
-    return [SourceFile(f"{STDLIB}:{n.as_posix()}", root / n, STDLIB) for n in kept]
+    return [SourceFile(f"{STDLIB}:{n.as_posix()}", str(root / n), STDLIB) for n in kept]
+
+
+def _remote(entry: str) -> list[str]:
+    """The files of a URL: one, a folder's, or a glob's; hidden ones are left out as in local folders."""
+    check_url("corpus.input", entry)
+    try:
+        fs, path = filesystem(entry)
+        names = fs.glob(path) if glob.has_magic(path) else [path]
+        files = sorted({f for name in names for f in (fs.find(name) if fs.isdir(name) else [name] if fs.isfile(name) else [])})
+    except Exception as error:  # each filesystem has its own: no such bucket, no credentials, no network
+        raise UserError(
+            f"corpus.input={entry} cannot be listed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        ) from error
+    root = str(path).rstrip("/")
+    files = [f for f in files if not any(part.startswith(".") for part in f.removeprefix(root).split("/"))]
+    if not files:
+        raise UserError(f"corpus.input={entry} holds no file; give files, folders or globs")
+    return [fs.unstrip_protocol(f) for f in files]
 
 
 def _expand(entry: str) -> list[Path]:
@@ -108,7 +138,7 @@ def _expand(entry: str) -> list[Path]:
         files = sorted({p for name in names for p in (_walk(name) if os.path.isdir(name) else [Path(name)])})
     if not files:
         raise UserError(f"corpus.input={entry} {'holds no file' if path.is_dir() else 'does not exist'}; give files, folders, "
-                        f"globs or {STDLIB}")  # fmt: skip
+                        f"globs, URLs or {STDLIB}")  # fmt: skip
     return files
 
 
@@ -116,86 +146,3 @@ def _walk(folder: str | Path) -> Iterator[Path]:
     for parent, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
         yield from (Path(parent, name) for name in names if not name.startswith("."))
-
-
-def read_documents(files: list[SourceFile], text_key: str, dropped: Dropped) -> Iterator[tuple[SourceFile, Document]]:
-    """All documents of the files in order; what cannot be read goes to `dropped`."""
-    for file in files:
-        for document in _reader(file)(file, text_key, dropped):
-            yield file, document
-
-
-Reader = Callable[[SourceFile, str, Dropped], Iterator[Document]]
-
-
-def _reader(file: SourceFile) -> Reader:
-    if file.name == f"{STDLIB}:pydoc_data/topics.py":
-        return _topics
-    return _lines if file.path.name.removesuffix(".gz").endswith(".jsonl") else _whole
-
-
-def _open(path: Path) -> IO[bytes]:
-    return gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb")
-
-
-def _topics(file: SourceFile, text_key: str, dropped: Dropped) -> Iterator[Document]:
-    from pydoc_data.topics import topics
-
-    for name, text in sorted(topics.items()):
-        yield Document(text, f"{file.name}#{name}", 0)
-
-
-def _whole(file: SourceFile, text_key: str, dropped: Dropped) -> Iterator[Document]:
-    """A file is one document, unless it holds a NUL byte or is not UTF-8."""
-    try:
-        with _open(file.path) as f:
-            raw = f.read()
-    except (OSError, EOFError) as error:
-        return dropped.add(f"unreadable file ({type(error).__name__})", file.name)
-    if b"\0" in raw:
-        return dropped.add("binary file", file.name)
-    try:
-        yield Document(raw.decode("utf-8"), file.name, 0)
-    except UnicodeDecodeError:
-        dropped.add("not UTF-8", file.name)
-
-
-def _lines(file: SourceFile, text_key: str, dropped: Dropped) -> Iterator[Document]:
-    """JSON lines: one document a line, in the field `text_key`. Blank lines are no documents."""
-    offset = number = 0
-    try:
-        with _open(file.path) as f:
-            for number, raw in enumerate(f, 1):
-                if raw.strip():
-                    text = _field(raw, text_key)
-                    if isinstance(text, _Bad):
-                        dropped.add(text.reason, f"{file.name}:{number}")
-                    else:
-                        yield Document(text, file.name, offset)
-                offset += len(raw)
-    except (OSError, EOFError) as error:
-        dropped.add(f"unreadable file ({type(error).__name__})", f"{file.name}:{number + 1}")
-
-
-@dataclass(frozen=True)
-class _Bad:
-    reason: str
-
-
-def _field(raw: bytes, text_key: str) -> str | _Bad:
-    try:
-        value = json.loads(raw.decode("utf-8"))
-    except UnicodeDecodeError:
-        return _Bad("not UTF-8")
-    except (ValueError, RecursionError):
-        return _Bad("not JSON")
-    if not isinstance(value, dict) or text_key not in value:
-        return _Bad(f"no field {text_key!r}")
-    text = value[text_key]
-    if not isinstance(text, str):
-        return _Bad(f"field {text_key!r} is not text")
-    try:
-        text.encode("utf-8")  # JSON can spell half of a surrogate pair
-    except UnicodeEncodeError:
-        return _Bad("not UTF-8")
-    return text

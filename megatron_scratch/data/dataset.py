@@ -65,13 +65,17 @@ def feistel(i: int, n: int, secret: int) -> int:
             return i
 
 
-def permutation(n: int, secret: int) -> np.ndarray:
-    """(n,) i64: range(n) in the order of a keyed hash. `mix` is a bijection, so there are no ties and no generator whose stream
-    may change with numpy's version (NEP 19)."""
-    x = np.arange(n, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) ^ np.uint64(secret)
+def ranks_of(i: np.ndarray, secret: int) -> np.ndarray:
+    """(n,) u64: a keyed hash of numbers (n,), a bijection, so different numbers never tie."""
+    x = i.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) ^ np.uint64(secret)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return np.argsort(x ^ (x >> np.uint64(31)))
+    return x ^ (x >> np.uint64(31))
+
+
+def permutation(n: int, secret: int) -> np.ndarray:
+    """(n,) i64: range(n) in the order of `ranks_of`. No generator, whose stream may change with numpy's version (NEP 19)."""
+    return np.argsort(ranks_of(np.arange(n), secret))
 
 
 class Stream:

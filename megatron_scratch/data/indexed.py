@@ -18,8 +18,6 @@ from __future__ import annotations
 import hashlib
 import os
 import struct
-from array import array
-from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -27,7 +25,6 @@ from typing import Any
 import numpy as np
 
 from megatron_scratch.util.errors import UserError
-from megatron_scratch.util.files import atomic_write
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
@@ -55,61 +52,6 @@ def check_token_ids(ids: np.ndarray, vocab_size: int, where: str) -> None:
 def paths(prefix: str | Path) -> tuple[Path, Path]:
     """(`PREFIX.bin`, `PREFIX.idx`)."""
     return Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
-
-
-class IndexedWriter:
-    """Write `PREFIX.bin` and `PREFIX.idx`; both appear whole when the `with` block ends, neither if it raises."""
-
-    def __init__(self, prefix: str | Path, dtype: Any):
-        self.prefix, self.dtype = Path(prefix), np.dtype(dtype).newbyteorder("<")
-        if self.dtype not in CODES:
-            raise UserError(f"dtype={dtype} cannot hold tokens; allowed: {', '.join(str(d) for d in CODES)}")
-        self.sizes, self.documents = array("i"), array("q", [0])
-        self.tokens = 0
-
-    def __enter__(self) -> IndexedWriter:
-        self.bin_path, self.idx_path = paths(self.prefix)
-        self.bin_path.parent.mkdir(parents=True, exist_ok=True)
-        self._stack = ExitStack()
-        self._idx = self._stack.enter_context(atomic_write(self.idx_path))  # entered first, so renamed last: it commits the pair
-        self._bin = self._stack.enter_context(atomic_write(self.bin_path))
-        return self
-
-    def add_document(self, ids: Any) -> None:
-        """Append one document of token ids (n,), EOD included by the caller. An empty one is an entry without a sequence."""
-        ids = np.asarray(ids)
-        if ids.size:
-            limit = np.iinfo(self.dtype)
-            if ids.ndim != 1 or ids.dtype.kind not in "iu":
-                raise UserError(f"{self.prefix}: a document must be a list of whole numbers, got shape {ids.shape} of {ids.dtype}")
-            if int(ids.min()) < limit.min or int(ids.max()) > limit.max:
-                raise UserError(f"{self.prefix}: token ids {int(ids.min())} to {int(ids.max())} do not fit {self.dtype}; "
-                                "write with the type that best_dtype(vocab_size) gives")  # fmt: skip
-            if ids.size > 2**31 - 1:
-                raise UserError(f"{self.prefix}: a document of {ids.size} tokens; the format allows {2**31 - 1}; cut it")
-            self._bin.write(ids.astype(self.dtype).tobytes())
-            self.sizes.append(ids.size)
-            self.tokens += ids.size
-        self.documents.append(len(self.sizes))
-
-    def _write_index(self) -> None:
-        sizes = np.array(self.sizes, dtype="<i4")
-        offsets = np.zeros(len(sizes), dtype="<i8")
-        np.cumsum(sizes[:-1], dtype=np.int64, out=offsets[1:])
-        offsets *= self.dtype.itemsize
-        self._idx.write(HEADER.pack(MAGIC, VERSION, CODES[self.dtype], len(sizes), len(self.documents)))
-        for column in (sizes, offsets, np.array(self.documents, dtype="<i8")):
-            self._idx.write(column.tobytes())
-        self._idx.flush()
-        os.fsync(self._idx.fileno())  # a full disk must show before .bin gets its name
-
-    def __exit__(self, kind: Any, value: Any, trace: Any) -> None:
-        if kind is not None:
-            self._stack.__exit__(kind, value, trace)  # removes both temporary files
-            return
-        with self._stack:
-            self._write_index()
-            self.idx_path.unlink(missing_ok=True)  # an old index must not meet the new .bin
 
 
 class IndexedDataset:

@@ -22,6 +22,7 @@ from megatron_scratch.util.errors import UserError
 
 IGNORED = -100  # a label that is not predicted: torch's ignore_index
 MANIFEST = "manifest.json"
+FORMATS = (1, 2)  # of the manifest: 2 has a sidecar beside each dataset
 MAKE_ONE = "make one with: megatron-scratch data prepare corpus.input=TEXT corpus.output=DIR"
 
 
@@ -145,12 +146,13 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         return None
     try:
         manifest = json.loads(path.read_text("utf-8"))
-        if manifest["format"] == 1 and "files" in manifest and "tokenizer" in manifest:
+        if manifest["format"] in FORMATS and "files" in manifest and "tokenizer" in manifest:
             return manifest
         found = f"format {manifest['format']}"
     except (ValueError, KeyError, TypeError) as error:
         found = f"{type(error).__name__}: {' '.join(str(error).split())}"
-    raise UserError(f"{path} is not a manifest of data prepare ({found}); allowed: format 1; prepare the folder again")
+    allowed = " or ".join(map(str, FORMATS))
+    raise UserError(f"{path} is not a manifest of data prepare ({found}); allowed: format {allowed}; prepare the folder again")
 
 
 def find_part(path: str | Path, split: str) -> Part:

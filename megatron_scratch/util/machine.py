@@ -25,6 +25,11 @@ def cpu_vendor() -> str:
     return platform.processor()
 
 
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 @cache
 def local_gpus() -> int:
     """GPUs of this machine, asked of nvidia-smi: importing torch to count them would take seconds."""

@@ -15,7 +15,7 @@ import pytest
 from runs import TINY, config, rows, run
 
 from megatron_scratch.cli import main
-from megatron_scratch.data.indexed import IndexedWriter
+from megatron_scratch.data.writer import IndexedWriter
 
 
 @pytest.fixture(scope="module")

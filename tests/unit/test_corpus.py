@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import gzip
 import json
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from megatron_scratch.config.data import CorpusConfig, DataConfig
-from megatron_scratch.corpus import inspect, pipeline, prepare
-from megatron_scratch.corpus.clean import clean_text
-from megatron_scratch.corpus.sources import Dropped, find_files, read_documents
+from megatron_scratch.config.corpus import CorpusConfig
+from megatron_scratch.config.data import DataConfig
+from megatron_scratch.corpus import graph, inspect, prepare
+from megatron_scratch.corpus.engines import local
+from megatron_scratch.corpus.formats import Bad, Keys, Record, reader_of
+from megatron_scratch.corpus.sources import find_files
+from megatron_scratch.corpus.stages import Stage
 from megatron_scratch.data.indexed import IndexedDataset
 from megatron_scratch.data.loader import open_data
 from megatron_scratch.data.tokenizer import load_tokenizer
@@ -44,7 +49,22 @@ def decoded(folder: Path, split: str) -> list[str]:
 
 
 def content(folder: Path) -> dict[str, str]:
-    return {p.name: sha256_file(p) for p in sorted(folder.iterdir())}
+    """Every file but the page of the report, which tells times."""
+    files = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name not in ("report.html", ".lock")]
+    return {str(p.relative_to(folder)): sha256_file(p) for p in files}
+
+
+def read(given: str | list[str]) -> tuple[list[Record], Counter[str], dict[str, list[str]]]:
+    """Records, reasons, and places by reason."""
+    records, reasons, places = [], Counter(), {}
+    for file in find_files(given):
+        for record in reader_of(file)(file, 0, None, Keys("text", "id", 1 << 20)):
+            if isinstance(record, Record):
+                records.append(record)
+            elif isinstance(record, Bad):
+                reasons[record.reason] += 1
+                places.setdefault(record.reason, []).append(f"{file.name}:{record.line}")
+    return records, reasons, places
 
 
 def test_read_files_folders_globs_and_json_lines(tmp_path: Path) -> None:
@@ -54,28 +74,26 @@ def test_read_files_folders_globs_and_json_lines(tmp_path: Path) -> None:
     (tmp_path / "sub" / "a.md").write_text("# a\n")
     (tmp_path / "sub" / "bad.bin").write_bytes(b"ab\0cd")
     (tmp_path / "sub" / "latin.txt").write_bytes(b"caf\xe9")
-    lines = [b'{"text": "one"}', b"", b"{broken", b'{"body": "x"}', b'{"text": 3}', b'{"text": "\\ud800"}', b'{"text": "\xff"}',
+    lines = [b'{"text": "one"}', b"", b"{broken", b'{"body": "x"}', b'{"text": 3}', b'{"text": "\xff"}',
              "{\"text\": \"zw\u00f6lf\"}".encode(), b'{"text": "last"}']  # fmt: skip
     raw = b"\n".join(lines)
     (tmp_path / "x.jsonl").write_bytes(raw)
     with gzip.open(tmp_path / "y.jsonl.gz", "wb") as f:
         f.write(raw)
-    dropped = Dropped()
     given = [str(tmp_path / "y.jsonl.gz"), str(tmp_path / "sub"), str(tmp_path / "*.jsonl"), str(tmp_path / "sub" / "a.md")]
-    found = [d for _, d in read_documents(find_files(given), "text", dropped)]
+    found, reasons, places = read(given)
     assert [d.text for d in found] == [*("one", "zw\u00f6lf", "last"), "# a\n", "b = 1\n", *("one", "zw\u00f6lf", "last")]
     for d in found[-3:]:
-        assert d.text.encode() in raw[d.offset :].split(b"\n")[0]
-    assert dropped.counts == {"binary file": 1, "not UTF-8": 5, "not JSON": 2, "no field 'text'": 2, "field 'text' is not text": 2}
-    assert dropped.places["not JSON"] == [f"{tmp_path}/y.jsonl.gz:3", f"{tmp_path}/x.jsonl:3"]
+        assert d.text.encode() in raw[d.place :].split(b"\n")[0]
+    assert reasons == {"binary file": 1, "not UTF-8": 3, "not JSON": 2, "no field 'text'": 2, "field 'text' is not text": 2}
+    assert places["not JSON"] == [f"{tmp_path}/y.jsonl.gz:3", f"{tmp_path}/x.jsonl:3"]
 
 
 def test_a_cut_gzip_file_is_reported_and_its_whole_lines_kept(tmp_path: Path) -> None:
     whole = gzip.compress("".join(json.dumps({"text": sentence(i)}) + "\n" for i in range(2000)).encode())
     (tmp_path / "x.jsonl.gz").write_bytes(whole[: len(whole) // 2])
-    dropped = Dropped()
-    found = list(read_documents(find_files(str(tmp_path)), "text", dropped))
-    assert 100 < len(found) < 2000 and dropped.counts == {"unreadable file (EOFError)": 1}
+    found, reasons, _ = read(str(tmp_path))
+    assert 100 < len(found) < 2000 and list(reasons.values()) == [1]
 
 
 def test_the_standard_library_is_a_corpus() -> None:
@@ -83,14 +101,6 @@ def test_the_standard_library_is_a_corpus() -> None:
     names = [f.name for f in files]
     assert names[0] == "stdlib:pydoc_data/topics.py" and names[1:] == sorted(names[1:]) and len(names) > 300
     assert not [n for n in names if "/test/" in n or "site-packages" in n or "_sysconfigdata" in n]
-    dropped = Dropped()
-    two = [f for f in files if f.name.endswith(("topics.py", "/json/decoder.py"))]
-    assert len(list(read_documents(two, "text", dropped))) > 70 and not dropped.counts
-
-
-def test_clean() -> None:
-    assert clean_text("\ufeffa\r\nb\rc\n") == "a\nb\rc\n"
-    assert clean_text("e\u0301") == "e\u0301"  # no normal form
 
 
 def test_prepare_and_read_back(tmp_path: Path) -> None:
@@ -112,9 +122,12 @@ def test_prepare_and_read_back(tmp_path: Path) -> None:
     counts = manifest["splits"]["train"]
     assert (counts["documents"], counts["tokens"]) == (len(train), x.num_tokens)
     assert (counts["characters"], counts["bytes"]) == (len("".join(train)), len("".join(train).encode()))
-    assert manifest["sources"] == [{"input": f"{tmp_path}/x.jsonl", "files": 1, "documents": 60,
-                                    "characters": len("".join(texts)), "bytes": len("".join(texts).encode())}]  # fmt: skip
-    assert sorted(content(out)) == ["manifest.json", "tokenizer.model", "train.bin", "train.idx", "valid.bin", "valid.idx"]
+    read = [*texts, texts[3], texts[3]]  # before copies are left out
+    assert manifest["sources"] == [{"input": f"{tmp_path}/x.jsonl", "files": 1, "documents": 62,
+                                    "characters": len("".join(read)), "bytes": len("".join(read).encode())}]  # fmt: skip
+    assert [n for n in content(out) if "/" not in n] == [
+        "manifest.json", "removed.jsonl", "tokenizer.model", "train.bin", "train.idx", "valid.bin", "valid.idx"]  # fmt: skip
+    assert {n.split("/")[0] for n in content(out) if "/" in n} == {"train.meta", "valid.meta"}
     assert {n: d["sha256"] for n, d in manifest["files"].items()} == {n: s for n, s in content(out).items() if n != "manifest.json"}
     assert json.loads((out / "manifest.json").read_text()) == manifest and lines
     assert open_data(DataConfig(dir=str(out)), 16, 0).vocab_size == 320
@@ -158,36 +171,68 @@ def test_files_of_others_are_not_written_over(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "train.bin").read_bytes() == b"precious"
 
 
-@pytest.mark.parametrize("stage", ["_read", "_tokenizer", "_tokenize", "_manifest"])
-def test_killed_in_any_stage_it_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str) -> None:
-    source = jsonl(tmp_path / "x.jsonl", 60)
-    prepare(config(source, tmp_path / "whole"))
-    real, calls = getattr(pipeline, stage), []
+STAGES = ["read", "exact", "sign", "pair", "check", "star", "encode", "parts_train", "parts_valid", "listed"]
 
-    def dies(*args: object) -> object:
-        real(*args)
-        raise KeyboardInterrupt
 
-    monkeypatch.setattr(pipeline, stage, dies)
-    with pytest.raises(KeyboardInterrupt):
-        prepare(config(source, tmp_path / "cut"))
+def stop_after(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """A preparation ends when this stage is finished."""
+    real = graph.execute
+
+    def dies(work: Path, stage: Stage, *rest: Any) -> Any:
+        done = real(work, stage, *rest)
+        if stage.name == name:
+            raise KeyboardInterrupt
+        return done
+
+    monkeypatch.setattr(graph, "execute", dies)
+
+
+def tasks_run(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The stages of the tasks that are run from now on."""
+    ran: list[str] = []
+    real = local.Local.run
+
+    def noted(self: Any, folder: Path, pending: list[int], *rest: Any) -> Any:
+        ran.extend([folder.name] * len(pending))
+        return real(self, folder, pending, *rest)
+
+    monkeypatch.setattr(local.Local, "run", noted)
+    return ran
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
+    """A source, and what an uninterrupted preparation of it gives."""
+    folder = tmp_path_factory.mktemp("whole")
+    source = jsonl(folder / "x.jsonl", 60)
+    prepare(config(source, folder / "out"))
+    return source, content(folder / "out")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_killed_after_any_stage_it_goes_on_to_the_same_bytes(
+    tmp_path: Path, whole: tuple[Path, dict[str, str]], monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    with monkeypatch.context() as patch:
+        stop_after(patch, stage)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(config(whole[0], tmp_path / "cut"))
     assert not (tmp_path / "cut" / "manifest.json").exists()
-    monkeypatch.setattr(pipeline, stage, real)
-    read = pipeline._read
-    monkeypatch.setattr(pipeline, "_read", lambda *args: calls.append(1) or read(*args))
-    prepare(config(source, tmp_path / "cut"))
-    assert content(tmp_path / "cut") == content(tmp_path / "whole")
-    assert len(calls) == (stage == "_read")  # later stages do not read again
+    ran = tasks_run(monkeypatch)
+    prepare(config(whole[0], tmp_path / "cut"))
+    assert content(tmp_path / "cut") == whole[1]
+    assert stage not in ran and (stage == "read" or "read" not in ran)  # no finished task is run again
 
 
 def test_other_settings_after_a_kill_start_the_stages_they_touch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = jsonl(tmp_path / "x.jsonl", 60)
-    real = pipeline._manifest
-    monkeypatch.setattr(pipeline, "_manifest", lambda *args: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        prepare(config(source, tmp_path / "a"))
-    monkeypatch.setattr(pipeline, "_manifest", real)
+    with monkeypatch.context() as patch:
+        stop_after(patch, "listed")
+        with pytest.raises(KeyboardInterrupt):
+            prepare(config(source, tmp_path / "a"))
+    ran = tasks_run(monkeypatch)
     prepare(config(source, tmp_path / "a", vocab_size=330, tokenizer="byte"))
+    assert "encode" in ran and not {"read", "exact", "sign", "pair", "check", "star"} & set(ran)
     prepare(config(source, tmp_path / "b", vocab_size=330, tokenizer="byte"))
     assert content(tmp_path / "a") == content(tmp_path / "b") and "tokenizer.model" not in content(tmp_path / "a")
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from megatron_scratch.data.dataset import Blend, EvalWindows, GPTDataset, feistel, mix, permutation
-from megatron_scratch.data.indexed import IndexedDataset, IndexedWriter
+from megatron_scratch.data.indexed import IndexedDataset
+from megatron_scratch.data.writer import IndexedWriter
 from megatron_scratch.util.errors import UserError
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_scratch.data.indexed import IndexedDataset, IndexedWriter, best_dtype, check_token_ids
+from megatron_scratch.data.indexed import IndexedDataset, best_dtype, check_token_ids
+from megatron_scratch.data.writer import IndexedWriter
 from megatron_scratch.util import files
 from megatron_scratch.util.errors import UserError
 

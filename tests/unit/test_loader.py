@@ -10,9 +10,10 @@ import pytest
 
 from megatron_scratch.config.data import DataConfig
 from megatron_scratch.data.dataset import EvalWindows, GPTDataset
-from megatron_scratch.data.indexed import IndexedDataset, IndexedWriter
+from megatron_scratch.data.indexed import IndexedDataset
 from megatron_scratch.data.loader import IGNORED, Batch, Loader, document_columns, open_data
 from megatron_scratch.data.tokenizer import ByteTokenizer
+from megatron_scratch.data.writer import IndexedWriter
 from megatron_scratch.util.errors import UserError
 
 EOD = 256

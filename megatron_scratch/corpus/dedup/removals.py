@@ -1,0 +1,38 @@
+"""Which documents go, in favour of which: what the stages of deduplication hand on, as files sorted by document."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+
+import numpy as np
+
+NOBODY = np.iinfo(np.int64).min  # `kept` of a document that went in favour of none; -1 - f: of file f of the evaluation sets
+REMOVAL = np.dtype([("document", "<i8"), ("kept", "<i8"), ("similarity", "<f8")])
+
+
+def removals(documents: np.ndarray, kept: np.ndarray, similarity: np.ndarray | float) -> np.ndarray:
+    """(n,) of REMOVAL, sorted by document."""
+    rows = np.empty(len(documents), REMOVAL)
+    order = np.argsort(documents, kind="stable")
+    rows["document"], rows["kept"] = documents[order], kept[order]
+    rows["similarity"] = similarity[order] if isinstance(similarity, np.ndarray) else similarity
+    return rows
+
+
+def read_range(paths: Sequence[str], low: int, high: int) -> np.ndarray:
+    """The removals of documents [low, high) out of sorted files, sorted; each document is in one of them at most."""
+    pieces = [np.empty(0, REMOVAL)]
+    for path in paths:
+        rows = np.load(path, mmap_mode="r")
+        first, end = (bisect_left(rows["document"], number) for number in (low, high))  # searchsorted would copy the column
+        pieces.append(np.asarray(rows[first:end]))
+    found = np.concatenate(pieces)
+    return found[np.argsort(found["document"], kind="stable")]
+
+
+def kept_mask(paths: Sequence[str], low: int, high: int) -> np.ndarray:
+    """(high - low,) bool: true for the documents that no file removes."""
+    keep = np.ones(high - low, dtype=bool)
+    keep[read_range(paths, low, high)["document"] - low] = False
+    return keep

@@ -1,0 +1,278 @@
+"""The stages of a preparation and what each hands to the next. Asking for a stage runs what it needs and is not there yet.
+
+    read -> exact -> sign -> pair -> check -> star -> spans -> contaminated -> (tokenizer) -> encode -> parts
+                                                                           `-> listed, copies
+
+A stage's key is a hash of its settings and of what the stages before it wrote, so a change touches what depends on it alone.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import cached_property
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_scratch.config.corpus import CorpusConfig, MinHashSettings, dedup_name, minhash_settings
+from megatron_scratch.corpus import read
+from megatron_scratch.corpus.dedup import exact, minhash
+from megatron_scratch.corpus.dedup.removals import kept_mask
+from megatron_scratch.corpus.dedup.signatures import MinHash
+from megatron_scratch.corpus.sources import SourceFile
+from megatron_scratch.corpus.stages import STAGE, Done, Engine, Stage, execute, hash_of
+from megatron_scratch.corpus.store import Store
+from megatron_scratch.corpus.write import parts
+from megatron_scratch.corpus.write.encode import Deal
+from megatron_scratch.data.tokenizer import load_tokenizer
+from megatron_scratch.util.errors import UserError
+
+FORMAT = 2
+Say = Callable[[str], Any]
+Tasks = list[dict[str, Any]]
+
+
+class Graph:
+    """One preparation under `work`. Each property is a finished stage (`Done`), None where the settings leave it out."""
+
+    def __init__(self, cfg: CorpusConfig, files: list[SourceFile], work: Path, engine: Engine, plugins: list[str], say: Say):
+        self.cfg, self.files, self.work, self.engine, self.plugins, self.say = cfg, files, work, engine, plugins, say
+
+    def _run(self, name: str, function: str, tasks: Tasks, key: list[Any], **common: Any) -> Done:
+        """key: the stages that came before (`Done` or None) and settings that are in no task."""
+        parts = [part.digest if isinstance(part, Done) else part for part in key]
+        stage = Stage(name, function, tasks, common, hash_of(FORMAT, name, parts), self.plugins)
+        return execute(self.work, stage, self.engine, self.say)
+
+    # reading and cleaning
+
+    @cached_property
+    def read(self) -> Done:
+        c = self.cfg
+        common = read.settings(c)
+        done = self._run("read", "read:run", read.tasks(c, self.files), [common], **common)
+        if not done.total("documents"):
+            raise UserError(f"corpus.input={c.input} gives no document ({_why(done)}); give text, or .jsonl with the field "
+                            f"{c.text_key!r}")  # fmt: skip
+        return done
+
+    @cached_property
+    def lines_before(self) -> dict[tuple[str, int], int]:
+        """(file, first byte of a range) -> lines of the file before it."""
+        before: dict[tuple[str, int], int] = {}
+        counted: dict[str, int] = {}
+        for task, told in zip(json.loads((self.read.folder / STAGE).read_text("utf-8"))["tasks"], self.read.results, strict=True):
+            for piece, lines in zip(task["ranges"], told["lines"], strict=False):
+                before[piece["name"], piece["begin"]] = counted.get(piece["name"], 0)
+                counted[piece["name"]] = counted.get(piece["name"], 0) + lines
+        return before
+
+    @cached_property
+    def documents(self) -> Store:
+        """All documents as they were read."""
+        return _store(self.read)
+
+    # duplicates
+
+    @cached_property
+    def _rule(self) -> dict[str, Any]:
+        """The keep rule, as tasks take it: priority of each source file by its entry's place in corpus.priority."""
+        places = {entry: i for i, entry in enumerate(self.cfg.priority)}
+        return {"keep": self.cfg.keep, "priority": [places.get(f.entry, len(places)) for f in self.files] if places else []}
+
+    @cached_property
+    def exact(self) -> Done | None:
+        if dedup_name(self.cfg) == "none":
+            return None
+        tasks = exact.tasks(self.documents)
+        return self._run("exact", "dedup.exact:run", tasks, [self.read, self._rule], store=self.documents.spec(), **self._rule)
+
+    @cached_property
+    def _near(self) -> MinHashSettings | None:
+        return minhash_settings(self.cfg)
+
+    @cached_property
+    def _kind(self) -> MinHash:
+        assert self._near is not None
+        return MinHash(self._near.bands, self._near.rows, self._near.ngram, self._near.seed)
+
+    @cached_property
+    def signed(self) -> Done | None:
+        if self._near is None:
+            return None
+        common = {"store": self.documents.spec(), "removed": _removed(self.exact), "kind": asdict(self._kind)}
+        key = [self.read, self.exact, asdict(self._kind)]
+        if self.cfg.minhash.signatures:
+            from megatron_scratch.corpus.dedup import datatrove
+
+            tasks = datatrove.read_tasks(self.documents, self.cfg.minhash.signatures, self.files)
+            return self._run("sign", "dedup.datatrove:read", tasks, key, **common)
+        return self._run("sign", "dedup.minhash:sign", _each(self.documents), key, **common)
+
+    @cached_property
+    def paired(self) -> Done | None:
+        if self._near is None or self.signed is None:
+            return None
+        common = {"store": self.documents.spec(), "signed": _stems(self.signed, "numbers.npy"), "partners": self._near.partners}
+        return self._run("pair", "dedup.minhash:pair", minhash.pair_tasks(self.signed, self._kind),
+                         [self.signed, self._near.partners, self._rule], **common, **self._rule)  # fmt: skip
+
+    @cached_property
+    def checked(self) -> Done | None:
+        if self._near is None or self.signed is None or self.paired is None:
+            return None
+        common = {"store": self.documents.spec(), "signed": _stems(self.signed, "numbers.npy"), "runs": minhash.runs(self.paired),
+                  "kind": asdict(self._kind), "threshold": self._near.threshold}  # fmt: skip
+        tasks = minhash.check_tasks(self.paired)
+        return self._run("check", "dedup.minhash:check", tasks, [self.paired, self._near.threshold], **common)
+
+    @cached_property
+    def star(self) -> Done | None:
+        if self.checked is None:
+            return None
+        stems = _stems(self.checked, "confirmed.npy")
+        return self._run("star", "dedup.minhash:star", [{"documents": self.documents.documents}], [self.checked], confirmed=stems)
+
+    # repeated pieces
+
+    @cached_property
+    def spans(self) -> Done | None:
+        """New text for every shard, where pieces that came before are cut out; documents left empty are in `removed.npy`."""
+        c = self.cfg
+        if c.spans == "none":
+            return None
+        from megatron_scratch.corpus.dedup import spans
+
+        common = {"store": self.documents.spec(), "removed": _removed(self.exact, self.star), "kind": c.spans}
+        found = self._run("span_hashes", "dedup.spans:hashes", _each(self.documents),
+                          [self.read, self.exact, self.star, c.spans, c.span_chars], least=c.span_chars, **common)  # fmt: skip
+        copied = self._run("span_copies", "dedup.spans:copies", spans.copy_tasks(found), [found], hashed=found.paths("pieces.npy"))
+        return self._run("spans", "dedup.spans:cut", _each(self.documents), [copied], copied=copied.paths("copies.npy"), **common)
+
+    @cached_property
+    def text(self) -> Store:
+        """The text that the later stages read."""
+        return self.documents if self.spans is None else _store(self.spans)
+
+    # contamination
+
+    @cached_property
+    def evaluations(self) -> Done | None:
+        """The n-grams of the evaluation sets."""
+        if not self.cfg.decontaminate:
+            return None
+        from megatron_scratch.corpus import decontaminate
+
+        return self._run("evaluations", "decontaminate:collect", decontaminate.collect_tasks(self.cfg), [])
+
+    @cached_property
+    def contaminated(self) -> Done | None:
+        found = self.evaluations
+        if found is None:
+            return None
+        key = [found, self.read, self.exact, self.star, self.spans]
+        return self._run("contaminated", "decontaminate:find", _each(self.text), key,
+                         store=self.text.spec(), removed=_removed(self.exact, self.star, self.spans),
+                         lengths=found.results[0]["lengths"], grams=found.path(0, ""))  # fmt: skip
+
+    # what is left
+
+    @cached_property
+    def removed(self) -> list[str]:
+        """Files of all removals."""
+        return _removed(self.exact, self.star, self.spans, self.contaminated)
+
+    @cached_property
+    def left_key(self) -> str:
+        stages = (self.read, self.exact, self.star, self.spans, self.contaminated)
+        return hash_of([done and done.digest for done in stages])
+
+    @cached_property
+    def left(self) -> list[dict[str, int]]:
+        """What is left of each shard: documents, characters, bytes; the least and the greatest first half of their hashes."""
+        told = []
+        for s in range(len(self.text.stems)):
+            shard = self.text.shard(s)
+            keep = kept_mask(self.removed, shard.base, shard.base + len(shard))
+            half = shard.rows["hash_high"][keep]
+            told.append({"documents": int(keep.sum()), "characters": int(shard.rows["chars"][keep].sum(dtype=np.int64)),
+                         "bytes": int(np.diff(shard.starts)[keep].sum()), "least": int(half.min(initial=np.iinfo(np.uint64).max)),
+                         "most": int(half.max(initial=0))})  # fmt: skip
+        return told
+
+    def left_total(self, name: str) -> int:
+        return sum(told[name] for told in self.left)
+
+    # tokens
+
+    def encoded(self, tokenizer: str, encoder: str, deal: Deal) -> Done:
+        """Every shard as ids. tokenizer: its file, whose content is part of the key."""
+        firsts = accumulate((told["documents"] for told in self.left), initial=0)
+        chars = accumulate((told["characters"] for told in self.left), initial=0)
+        tasks = [{"shard": s, "first": first, "first_char": char}
+                 for s, (first, char) in enumerate(zip(firsts, chars, strict=True)) if s < len(self.left)]  # fmt: skip
+        key = [self.left_key, load_tokenizer(tokenizer).sha256, encoder, asdict(deal)]
+        return self._run("encode", "write.encode:run", tasks, key, store=self.text.spec(), removed=self.removed, deal=asdict(deal),
+                         tokenizer=tokenizer, encoder=encoder)  # fmt: skip
+
+    @cached_property
+    def copies(self) -> Done | None:
+        """How many documents went in favour of each."""
+        if not self.removed:
+            return None
+        task = {"documents": self.text.documents}
+        return self._run("copies", "write.listing:copies", [task], [self.left_key], removed=self.removed)
+
+    @cached_property
+    def listed(self) -> Done:
+        """Every document that was left out, with the reason, as lines of JSON."""
+        stages = {"exact copy": self.exact, "near copy": self.star, "nothing new": self.spans, "contaminated": self.contaminated}
+        ends = list(accumulate((len(told["shards"]) for told in self.read.results), initial=0))
+        tasks = [{"first": first, "end": end, "drops": self.read.path(i, "drops")}
+                 for i, (first, end) in enumerate(zip(ends[:-1], ends[1:], strict=True))]  # fmt: skip
+        return self._run("listed", "write.listing:run", tasks, [self.left_key], store=self.documents.spec(),
+                         removed={why: _removed(done) for why, done in stages.items()}, sources=[file.name for file in self.files],
+                         evaluations=self.evaluations.results[0]["names"] if self.evaluations else [])  # fmt: skip
+
+    def parts(self, encoded: Done, side: str, split: str, dtype: np.dtype) -> Done:
+        copies = None if self.copies is None else self.copies.path(0, "copies.npy")
+        tasks = parts.tasks(encoded, side, split, dtype.itemsize)
+        return self._run(f"parts_{side}", "write.parts:run", tasks, [encoded, self.copies], store=self.text.spec(),
+                         encoded=_stems(encoded, f"{side}.docs.npy", keep=side), dtype=dtype.str, copies=copies)  # fmt: skip
+
+
+def _each(store: Store) -> Tasks:
+    return [{"shard": s} for s in range(len(store.stems))]
+
+
+def _stems(done: Done, suffix: str, keep: str = "") -> list[str]:
+    """What a task's files have in common, up to `keep`."""
+    return [path.removesuffix(suffix) + keep if keep else path.removesuffix(f".{suffix}") for path in done.paths(suffix)]
+
+
+def _store(done: Done) -> Store:
+    shards = [(done.path(i, str(k)), count) for i, told in enumerate(done.results) for k, count in enumerate(told["shards"])]
+    return Store([stem for stem, _ in shards], [count for _, count in shards])
+
+
+def _removed(*stages: Done | None) -> list[str]:
+    """The removal files of some stages; a stage writes one per task, or as many runs as its result says."""
+    paths: list[str] = []
+    for done in stages:
+        for i, told in enumerate(done.results if done else ()):
+            assert done is not None
+            names = [f"{run}.removed.npy" for run in range(told["runs"])] if "runs" in told else ["removed.npy"]
+            paths += [done.path(i, name) for name in names]
+    return paths
+
+
+def _why(done: Done) -> str:
+    counts: dict[str, int] = {}
+    for told in done.results:
+        for reason, dropped in told["dropped"].items():
+            counts[reason] = counts.get(reason, 0) + dropped["count"]
+    return ", ".join(f"{n} {reason}" for reason, n in sorted(counts.items())) or "the files are empty"

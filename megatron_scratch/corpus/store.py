@@ -1,0 +1,121 @@
+"""Text between stages: shards of documents, UTF-8 back to back, with a row of facts for each.
+
+    NNNNN.K.text       the bytes
+    NNNNN.K.ends.npy   (D,) i64: where each document ends in them
+    NNNNN.K.rows.npy   (D,) of ROW: where it came from, what it is
+
+A document's number is its place in the order of the input, over all shards: shard s holds [base(s), base(s + 1)).
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_scratch.corpus.stages import Outputs
+
+ROW = np.dtype([
+    ("hash_high", "<u8"), ("hash_low", "<u8"),  # blake2b of the text, 16 bytes
+    ("source", "<u4"),  # which file of the input
+    ("chars", "<u4"),  # Unicode characters
+    ("place", "<i8"),  # its first byte in that file as decompressed, or its row of a table
+    ("id", "<u8"),  # hash of the field corpus.id_key; 0 where it has none
+])  # fmt: skip
+
+
+OPEN = 128  # shards, of two maps each, that a process holds at once; a map costs a file descriptor, and 1,024 are usual
+
+
+class ShardWriter:
+    """Appends documents to shard `number` of a task."""
+
+    def __init__(self, outputs: Outputs, number: int):
+        self.outputs, self.number = outputs, number
+        self.ends: list[int] = []
+        self.rows: list[tuple[int, ...]] = []
+        self.size = 0
+
+    def __enter__(self) -> ShardWriter:
+        self.opened = self.outputs.open(f"{self.number}.text")
+        self.file = self.opened.__enter__()
+        return self
+
+    def add(self, text: bytes, row: tuple[int, ...]) -> None:
+        self.file.write(text)
+        self.size += len(text)
+        self.ends.append(self.size)
+        self.rows.append(row)
+
+    def __exit__(self, kind: Any, value: Any, trace: Any) -> None:
+        self.opened.__exit__(kind, value, trace)
+        if kind is None:
+            self.outputs.save(f"{self.number}.ends.npy", np.array(self.ends, dtype=np.int64))
+            self.outputs.save(f"{self.number}.rows.npy", np.array(self.rows, dtype=ROW))
+
+
+class Shard:
+    """One shard, mapped. `text` (bytes,) u8; `starts` (D + 1,) i64; `rows` (D,) of ROW; document i of it is number base + i."""
+
+    def __init__(self, stem: str, base: int):
+        self.stem, self.base = stem, base
+        ends = np.load(f"{stem}.ends.npy")
+        self.starts = np.concatenate([np.zeros(1, np.int64), ends])
+        self.rows = np.load(f"{stem}.rows.npy", mmap_mode="r")
+        size = Path(f"{stem}.text").stat().st_size
+        assert size == self.starts[-1], f"{stem}.text has {size} bytes, {self.starts[-1]} expected"
+        self.text = np.memmap(f"{stem}.text", np.uint8, "r") if size else np.zeros(0, np.uint8)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def raw(self, i: int) -> bytes:
+        return self.text[self.starts[i] : self.starts[i + 1]].tobytes()
+
+    def texts(self, keep: np.ndarray | None = None) -> Iterator[tuple[int, str]]:
+        """(number in the shard, text) of the documents that `keep` (D,) bool leaves."""
+        for i in range(len(self)) if keep is None else np.flatnonzero(keep):
+            yield int(i), self.raw(i).decode("utf-8")
+
+
+class Store:
+    """All shards of a stage. As JSON (`spec`) it is what tasks are handed."""
+
+    def __init__(self, stems: Sequence[str], counts: Sequence[int]):
+        self.stems, self.counts = list(stems), list(counts)
+        self.bases = [0, *accumulate(self.counts)]
+
+    @classmethod
+    def of(cls, spec: dict[str, Any]) -> Store:
+        return cls(spec["stems"], spec["counts"])
+
+    def spec(self) -> dict[str, Any]:
+        return {"stems": self.stems, "counts": self.counts}
+
+    @property
+    def documents(self) -> int:
+        return self.bases[-1]
+
+    def shard(self, s: int) -> Shard:
+        return _shard(self.stems[s], self.bases[s])
+
+    def find(self, number: int) -> tuple[Shard, int]:
+        """(shard, number in it) of a document."""
+        s = bisect_right(self.bases, number) - 1
+        return self.shard(s), number - self.bases[s]
+
+
+@lru_cache(maxsize=OPEN)
+def _shard(stem: str, base: int) -> Shard:
+    return Shard(stem, base)
+
+
+@lru_cache(maxsize=2 * OPEN)
+def mapped(path: str) -> np.ndarray:
+    """An array of a file that does not change, for reading here and there in many: the least recently used are let go."""
+    return np.load(path, mmap_mode="r")
