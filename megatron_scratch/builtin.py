@@ -1,6 +1,15 @@
 """Every part that ships with the package, on one screen: kind, name, where it lives. Listing them imports none of them."""
 
-from megatron_scratch.config.cleaners import LengthSettings, UnicodeSettings
+from megatron_scratch.config.cleaners import (
+    C4Settings,
+    FineWebSettings,
+    GopherQualitySettings,
+    GopherRepetitionSettings,
+    LanguageSettings,
+    LengthSettings,
+    PIISettings,
+    UnicodeSettings,
+)
 from megatron_scratch.config.engine import DDPConfig, FSDPConfig, HSDPConfig, Zero1Config, Zero2Config, Zero3Config
 from megatron_scratch.config.launcher import KubernetesConfig, LauncherConfig, SlurmConfig
 from megatron_scratch.config.optim import (
@@ -38,9 +47,12 @@ _PARTS = {
     "logging": {"console": "train.metrics:Console"},
     "encoder": {"gigatoken": "corpus.write.encoders:Gigatoken", "tiktoken": "corpus.write.encoders:Tiktoken",
                 "native": "corpus.write.encoders:Native"},
-    "corpus_engine": {"local": "corpus.engines.local:Local"},
-    "sample_order": {"documents": "data.dataset:DocumentOrder", "contiguous": "data.dataset:ContiguousOrder"},
-    "tokenizer_trainer": {"sentencepiece_bpe": "corpus.train_tokenizer:sentencepiece_bpe",
+    "corpus_engine": {"local": "corpus.engines.local:Local", "slurm": "launch.corpus_array:SlurmArray",
+                      "ray": "corpus.engines.ray:Ray"},
+    "sample_order": {"documents": "data.orders:DocumentOrder", "contiguous": "data.orders:ContiguousOrder",
+                     "megatron": "data.megatron_order:MegatronOrder"},
+    "tokenizer_trainer": {"bpe": "corpus.train_tokenizer:bpe",
+                          "sentencepiece_bpe": "corpus.train_tokenizer:sentencepiece_bpe",
                           "sentencepiece_unigram": "corpus.train_tokenizer:sentencepiece_unigram",
                           "sentencepiece_char": "corpus.train_tokenizer:sentencepiece_char",
                           "byte": "corpus.train_tokenizer:byte"},
@@ -52,7 +64,11 @@ _ENGINES = {"ddp": ("ddp:DDPEngine", DDPConfig), "fsdp": ("fsdp:FSDPEngine", FSD
 _LAUNCHERS = {"local": ("local:launch", LauncherConfig), "slurm": ("slurm:launch", SlurmConfig),
               "kubernetes": ("kubernetes:launch", KubernetesConfig)}  # fmt: skip
 _CLEANERS = {"newlines": ("basic:Newlines", None), "unicode": ("basic:Unicode", UnicodeSettings),
-             "whitespace": ("basic:Whitespace", None), "length": ("basic:Length", LengthSettings)}  # fmt: skip
+             "whitespace": ("basic:Whitespace", None), "length": ("basic:Length", LengthSettings),
+             "gopher_quality": ("gopher:GopherQuality", GopherQualitySettings),
+             "gopher_repetition": ("gopher:GopherRepetition", GopherRepetitionSettings), "c4": ("c4:C4", C4Settings),
+             "fineweb": ("fineweb:FineWeb", FineWebSettings), "language": ("language:Language", LanguageSettings),
+             "pii": ("pii:PII", PIISettings)}  # fmt: skip
 _OPTIMIZERS = {"adamw": AdamWConfig, "sgd": SGDConfig, "lion": LionConfig, "muon": MuonConfig}
 _SCHEDULES = {"constant": ScheduleConfig, "linear": DecayConfig, "cosine": DecayConfig,
               "inverse_sqrt": FloorConfig, "wsd": WSDConfig}  # fmt: skip

@@ -13,7 +13,12 @@ from megatron_scratch.util.exits import OK, exit_code, leave_with
 USAGE = """megatron-scratch VERB [key=value ...]
 
   data prepare   raw text to an indexed dataset        corpus.input=PATHS corpus.output=DIR
-  data inspect   what is in a dataset                  DIR [document=N]
+  data clean     read and clean only, to text          corpus.input=PATHS corpus.output=DIR corpus.clean=[NAMES]
+  data dedup     clean and deduplicate, to text        corpus.input=PATHS corpus.output=DIR [corpus.dedup=minhash]
+  data tokenizer train a tokenizer, and judge it       corpus.input=PATHS corpus.output=DIR corpus.vocab_size=N
+  data tokenize  encode all, in the order of the input corpus.input=PATHS corpus.output=DIR corpus.tokenizer=FILE
+  data inspect   what is in a dataset, and from where  DIR [document=N] [sample=K seq_len=N]
+  data verify    is every file as it was written?      DIR|PREFIX
   train          pretrain, or go on where it stopped   data.dir=DIR [any config key]
   train -m       a sweep, one run a point              optim.lr=1e-3,1e-4 [any config key]
   report         what the points of a sweep came to    --sweep DIR [json=true]
@@ -29,11 +34,12 @@ USAGE = """megatron-scratch VERB [key=value ...]
   bench          tokens/s and MFU of a training step   [any config key]
   doctor         this machine: what is here, is it right?
 
-  train, parity, bench and data prepare take --print (show the config and stop) and --config-dir DIR (your own YAML groups).
+  train, parity, bench and the data verbs that write take --print (show the config and stop) and --config-dir DIR (your own YAML).
   `python -m megatron_scratch` is the same. Exit codes: 0 finished, 2 bad input, 75 stopped with a checkpoint, 1 failed."""
 
 VERBS = {
-    "data prepare": "data:prepare", "data inspect": "data:inspect",
+    "data prepare": "data:prepare", "data clean": "data:clean", "data dedup": "data:dedup", "data tokenizer": "data:tokenizer",
+    "data tokenize": "data:tokenize", "data inspect": "data:inspect", "data verify": "data:verify",
     "train": "runs:train", "eval": "runs:evaluate", "generate": "runs:generate", "parity": "runs:parity", "bench": "runs:bench",
     "doctor": "runs:doctor", "report": "report:report",
     "ckpt ls": "ckpt:ls", "ckpt inspect": "ckpt:inspect", "ckpt verify": "ckpt:verify", "ckpt diff": "ckpt:diff",
@@ -41,7 +47,7 @@ VERBS = {
 }  # fmt: skip
 """Verb -> module of this package and its function, which takes the words after the verb and returns the exit code."""
 
-LATER = ("plan", "data clean", "data dedup", "data tokenizer", "data tokenize")
+LATER = ("plan",)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -64,7 +64,7 @@ def load(overrides: list[str], config_dirs: list[str] | None = None) -> Config:
 
 def _free(word: str) -> str:
     """`launcher.sbatch.nice=100` names a key of the user's own; Hydra adds one to a dictionary only where it is told to."""
-    return f"++{word}" if re.match(r"launcher\.sbatch(\.[\w-]+=|=\{)", word) else word
+    return f"++{word}" if re.match(r"(launcher\.sbatch|corpus\.options)((\.[\w-]+)+=|=\{)", word) else word
 
 
 def to_config(composed: DictConfig) -> Config:

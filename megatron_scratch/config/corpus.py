@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Any, Optional
 
 from megatron_scratch import registry
@@ -47,7 +48,7 @@ class CorpusConfig:
     id_key: str = "id"  # the field that names it, kept as a hash
     on_bad: str = "skip"  # a record that cannot be read: skip (counted, named) or stop
     clean: list[str] = field(default_factory=lambda: ["newlines", "length"])  # cleaners, in this order
-    options: dict[str, Any] = field(default_factory=dict)  # their settings: corpus.options.gopher_quality.min_words=20
+    options: dict[str, Any] = field(default_factory=dict)  # their settings: corpus.options.gopher_quality.min_doc_words=20
     min_chars: int = 1  # of cleaner `length`
     max_record_mb: int = 256  # a larger record (a line, a file of text) is one that cannot be read
     max_bytes: Optional[int] = None  # stop reading after this many bytes of text
@@ -116,12 +117,24 @@ def check_corpus(c: CorpusConfig) -> None:
         value = getattr(c, name)
         if value is not None and value < least:
             raise UserError(f"corpus.{name}={value} must be at least {least}")
+    _check_unread(c)
     if (c.keep == "source") != bool(c.priority):
         raise UserError(f"corpus.keep={c.keep} with corpus.priority={c.priority}: keep=source needs the priority, nothing else "
                         "reads it; give both or neither")  # fmt: skip
     if not str(c.tokenizer).endswith((".model", ".json")):
         choice("corpus.tokenizer", c.tokenizer, [*registry.names("tokenizer_trainer"), "PATH.model", "PATH.json"])
     _check_minhash(c)
+
+
+def _check_unread(c: CorpusConfig) -> None:
+    """Refuse a setting that nothing reads."""
+    readers = {"keep": ("corpus.dedup=none", dedup_name(c) != "none"), "span_chars": ("corpus.spans=none", c.spans != "none"),
+               "decontaminate_keys": ("no corpus.decontaminate", bool(c.decontaminate)),
+               "decontaminate_ngram": ("no corpus.decontaminate", bool(c.decontaminate))}  # fmt: skip
+    plain = CorpusConfig()
+    for name, (why, read) in readers.items():
+        if not read and getattr(c, name) != getattr(plain, name):
+            raise UserError(f"corpus.{name}={getattr(c, name)} is given and nothing reads it with {why}; leave one of them out")
 
 
 def _check_minhash(c: CorpusConfig) -> None:
@@ -138,5 +151,11 @@ def _check_minhash(c: CorpusConfig) -> None:
     if settings.bands * settings.rows > 4096:
         raise UserError(f"corpus.minhash.bands={settings.bands} x rows={settings.rows} are {settings.bands * settings.rows} hash "
                         "functions; allowed: up to 4096; RefinedWeb's 9,000 cost 80 times FineWeb's 112")  # fmt: skip
+    given = c.minhash.signatures
+    if given and (c.minhash.export or c.minhash.seed != MinHashConfig.seed):
+        other = f"export={c.minhash.export}" if c.minhash.export else f"seed={c.minhash.seed}"
+        raise UserError(f"corpus.minhash.{other} with corpus.minhash.signatures={given}: no signatures are made; leave one out")
+    if given and not Path(given).is_dir():
+        raise UserError(f"corpus.minhash.signatures={given} is no folder; give that of datatrove's MinhashDedupSignature")
     if not 0 <= settings.threshold <= 1:
         raise UserError(f"corpus.minhash.threshold={settings.threshold} must be in [0, 1]")

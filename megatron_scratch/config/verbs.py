@@ -16,9 +16,37 @@ class InspectArgs:
 
     data: str = ""
     document: Optional[int] = None  # show this document
-    sample: Optional[int] = None  # show this training sample, and where it comes from
+    sample: Optional[int] = None  # show this training sample, and where each piece of it comes from
     seq_len: int = 256  # of the sample
     seed: int = 1234  # of the sample
+    order: str = "documents"  # of the sample: data.order
+    megatron_samples: Optional[int] = None  # of the sample, with order=megatron: data.megatron_samples
+    megatron_split: Optional[str] = None  # of the sample, with order=megatron: data.megatron_split
+
+    def check(self) -> None:
+        if not self.data:
+            raise UserError("give the dataset: `megatron-scratch data inspect DIR [document=N] [sample=K]`")
+        if self.document is not None and self.sample is not None:
+            raise UserError(f"document={self.document} and sample={self.sample} are two questions; ask one")
+        names = ("seq_len", "seed", "order", "megatron_samples", "megatron_split")
+        given = [name for name in names if getattr(self, name) != getattr(InspectArgs, name)]
+        if given and self.sample is None:
+            raise UserError(f"{given[0]}={getattr(self, given[0])} is of a sample, and no sample=K is given; give one")
+        if given and given[-1].startswith("megatron") and self.order != "megatron":
+            raise UserError(f"{given[-1]}={getattr(self, given[-1])} is read with order=megatron only, got order={self.order}")
+        if self.seq_len < 1:
+            raise UserError(f"seq_len={self.seq_len} must be at least 1")
+
+
+@dataclass
+class VerifyArgs:
+    """`data verify DIR`: a folder that a data verb wrote, or a Megatron prefix."""
+
+    data: str = ""
+
+    def check(self) -> None:
+        if not self.data:
+            raise UserError("give the dataset: `megatron-scratch data verify DIR`")
 
 
 @dataclass

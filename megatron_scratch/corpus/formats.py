@@ -5,63 +5,22 @@ A record that is no document (not JSON, not UTF-8, no such field, ...) comes out
 
 from __future__ import annotations
 
-import bz2
-import gzip
 import json
-import lzma
-import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
 from typing import IO, Any
-from urllib.parse import parse_qsl
 
+from megatron_scratch.corpus import tables
+from megatron_scratch.corpus.compressed import COMPRESSED, open_text, stem_of, zstandard
+from megatron_scratch.corpus.records import DAMAGED, Bad, End, Keys, Record, empty, field, too_large, unreadable
 from megatron_scratch.corpus.sources import DATASETS, TOPICS, SourceFile
-from megatron_scratch.util.errors import UserError
 
-COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
+__all__ = ["Bad", "End", "Keys", "Reader", "Record", "reader_of", "splits"]
+
 LINES = (".jsonl", ".ndjson", ".json")
-ROWS = 1024  # of a parquet file held at once
-UNREADABLE = (OSError, EOFError, zlib.error, lzma.LZMAError)
-
-
-@dataclass(frozen=True)
-class Record:
-    """One document: its text, its first byte in the file as decompressed (or its row), the line it is (or None), its own id."""
-
-    text: str
-    place: int
-    line: int | None = None
-    id: Any = None
-
-
-@dataclass(frozen=True)
-class Bad:
-    """What could not be read: why, and where. `line` is counted from the beginning of the range that was read."""
-
-    reason: str
-    place: int
-    line: int | None = None
-    head: bytes = b""  # the beginning of it
-
-
-@dataclass(frozen=True)
-class End:
-    """The end of a range of lines, and how many it had."""
-
-    lines: int
-
-
-@dataclass(frozen=True)
-class Keys:
-    """Which fields of a record are read, and how large one may be in bytes."""
-
-    text: str
-    id: str
-    most: int
-
-
-Reader = Callable[[SourceFile, int, int | None, Keys], Iterator["Record | Bad | End"]]
+MARK = b"\xef\xbb\xbf"  # the byte order mark, which JSON has no place for and Windows writes
+Reader = Callable[[SourceFile, int, "int | None", Keys], Iterator["Record | Bad | End"]]
 
 
 def reader_of(file: SourceFile) -> Reader:
@@ -69,55 +28,27 @@ def reader_of(file: SourceFile) -> Reader:
     if file.name == TOPICS:
         return _topics
     if file.url.startswith(DATASETS):
-        return _dataset
-    stem = _stem(file)
-    return _parquet if stem.endswith(".parquet") else _lines if stem.endswith(LINES) else _whole
+        return tables.dataset
+    stem = stem_of(file)
+    return tables.parquet if stem.endswith(".parquet") else _lines if stem.endswith(LINES) else _whole
 
 
 def splits(file: SourceFile, limit: int) -> list[tuple[int, int | None]]:
-    """Ranges of about `limit` bytes that `reader_of` takes, where a file can be cut; else the whole file."""
-    reader, size = reader_of(file), file.size()
-    if reader is _lines and not file.url.lower().endswith(COMPRESSED) and size > limit:
+    """Ranges of about `limit` bytes that `reader_of` takes, where a file can be cut; else the whole file.
+
+    Errors: `UserError` where a package is missing that reads such files.
+    """
+    reader, size, name = reader_of(file), file.size(), file.url.lower()
+    if reader is tables.parquet:
+        return tables.row_groups(file, limit)
+    if reader is tables.dataset:
+        tables.check_dataset(file)
+    elif name.endswith(".zst"):
+        zstandard(file)
+    elif reader is _lines and not name.endswith(COMPRESSED) and size > limit:
         count = -(-size // limit)
         return [(size * i // count, size * (i + 1) // count) for i in range(count)]
-    if reader is _parquet:
-        return _row_groups(file, limit)
     return [(0, None)]
-
-
-def _stem(file: SourceFile) -> str:
-    name = file.url.lower()
-    for suffix in COMPRESSED:
-        name = name.removesuffix(suffix)
-    return name
-
-
-@contextmanager
-def open_text(file: SourceFile) -> Iterator[IO[bytes]]:
-    """The bytes as decompressed."""
-    name = file.url.lower()
-    with file.open() as raw, _decompressed(file, name, raw) as f:
-        yield f
-
-
-def _decompressed(file: SourceFile, name: str, raw: IO[bytes]) -> Any:
-    if name.endswith(".gz"):
-        return gzip.open(raw, "rb")
-    if name.endswith(".bz2"):
-        return bz2.open(raw, "rb")
-    if name.endswith(".xz"):
-        return lzma.open(raw, "rb")
-    if name.endswith(".zst"):
-        return _zstandard(file).ZstdDecompressor().stream_reader(raw, read_across_frames=True, closefd=False)
-    return nullcontext(raw)
-
-
-def _zstandard(file: SourceFile) -> Any:
-    try:
-        import zstandard
-    except ModuleNotFoundError as error:
-        raise UserError(f"{file.name} needs the package zstandard; run: pip install 'megatron-scratch[corpus]'") from error
-    return zstandard
 
 
 def _topics(file: SourceFile, begin: int, end: int | None, keys: Keys) -> Iterator[Record | Bad]:
@@ -132,10 +63,12 @@ def _whole(file: SourceFile, begin: int, end: int | None, keys: Keys) -> Iterato
     try:
         with open_text(file) as f:
             raw = f.read(keys.most + 1)
-    except UNREADABLE as error:
-        yield Bad(f"unreadable file ({type(error).__name__})", 0)
+    except DAMAGED as error:
+        yield unreadable(error)
         return
-    if len(raw) > keys.most:
+    if not raw:
+        yield empty()
+    elif len(raw) > keys.most:
         yield Bad(too_large(keys.most), 0, head=raw[:200])
     elif b"\0" in raw:
         yield Bad("binary file", 0, head=raw[:200])
@@ -146,10 +79,6 @@ def _whole(file: SourceFile, begin: int, end: int | None, keys: Keys) -> Iterato
             yield Bad("not UTF-8", 0, head=raw[:200])
 
 
-def too_large(most: int) -> str:
-    return f"larger than corpus.max_record_mb={most >> 20}"
-
-
 def _lines(file: SourceFile, begin: int, end: int | None, keys: Keys) -> Iterator[Record | Bad | End]:
     """JSON lines: one document a line. Blank lines are no documents. A line belongs to the range that its first byte is in."""
     place, line = begin, 0
@@ -157,7 +86,7 @@ def _lines(file: SourceFile, begin: int, end: int | None, keys: Keys) -> Iterato
         with open_text(file) as f:
             if begin:
                 f.seek(begin - 1)
-                place = begin - 1 + _skip(f)
+                place = begin - 1 + _skip(f, None if end is None else end - begin + 1)
             while end is None or place < end:
                 raw = f.readline(keys.most + 1)
                 if not raw:
@@ -165,20 +94,24 @@ def _lines(file: SourceFile, begin: int, end: int | None, keys: Keys) -> Iterato
                 line += 1
                 size = len(raw)
                 if size > keys.most and not raw.endswith(b"\n"):
-                    size += _skip(f)
                     yield Bad(too_large(keys.most), place, line, raw[:200])
-                elif raw.strip():
-                    yield _record(raw, place, line, keys)
+                    del raw
+                    size += _skip(f, None if end is None else end - place - size)
+                elif (bare := raw.removeprefix(MARK) if place == 0 else raw).strip():
+                    yield _record(bare, place, line, keys)
                 place += size
-    except UNREADABLE as error:
-        yield Bad(f"unreadable file ({type(error).__name__})", place, line + 1)
+        if not place:
+            yield empty()
+    except DAMAGED as error:
+        yield unreadable(error, place, line + 1)
     yield End(line)
 
 
-def _skip(f: IO[bytes]) -> int:
-    """Read to the end of a line, a megabyte at a time; returns the bytes."""
+def _skip(f: IO[bytes], most: int | None) -> int:
+    """Read to the end of a line, a megabyte at a time, or a little over `most` bytes: a line of many ranges is read once by each,
+    not to its end by each. Returns the bytes."""
     total = 0
-    while raw := f.readline(1 << 20):
+    while (most is None or total < most) and (raw := f.readline(1 << 20)):
         total += len(raw)
         if raw.endswith(b"\n"):
             break
@@ -187,73 +120,53 @@ def _skip(f: IO[bytes]) -> int:
 
 def _record(raw: bytes, place: int, line: int, keys: Keys) -> Record | Bad:
     try:
-        value = json.loads(raw.decode("utf-8"))
+        value = _value(raw, keys)
     except UnicodeDecodeError:
         return Bad("not UTF-8", place, line, raw[:200])
     except (ValueError, RecursionError):
         return Bad("not JSON", place, line, raw[:200])
     if not isinstance(value, dict) or keys.text not in value:
         return Bad(f"no field {keys.text!r}", place, line, raw[:200])
-    return _field(value[keys.text], value.get(keys.id), place, line, keys)
+    if raw.count(json.dumps(keys.text).encode()) > 1 and _twice(raw, keys.text):
+        return Bad(f"field {keys.text!r} is there twice", place, line, raw[:200])
+    found = field(value[keys.text], value.get(keys.id), place, line, keys)
+    if b"\\u" in raw and isinstance(found, Record) and not _is_text(found.text):
+        return Bad("not UTF-8", place, line, raw[:200])
+    return found
 
 
-def _field(text: Any, name: Any, place: int, line: int | None, keys: Keys) -> Record | Bad:
-    if not isinstance(text, str):
-        return Bad(f"field {keys.text!r} is not text", place, line, repr(text).encode("utf-8", "replace")[:200])
-    return Record(text, place, line, name)
-
-
-def _pyarrow(file: SourceFile) -> Any:
+@cache
+def _quick() -> Callable[[bytes], Any] | None:
+    """orjson's reader, twice as fast as Python's, if it is installed."""
     try:
-        import pyarrow.parquet
-    except ModuleNotFoundError as error:
-        raise UserError(f"{file.name} needs the package pyarrow; run: pip install 'megatron-scratch[corpus]'") from error
-    return pyarrow.parquet
+        return import_module("orjson").loads
+    except ModuleNotFoundError:
+        return None
 
 
-def _row_groups(file: SourceFile, limit: int) -> list[tuple[int, int | None]]:
-    from megatron_scratch.corpus.stages import batches
+def _value(raw: bytes, keys: Keys) -> Any:
+    """What a line of JSON says, as Python's reader has it: that is asked where orjson refuses (NaN, half surrogates, broken UTF-8,
+    great depth), and where the id is a number or more, as orjson makes floats of integers above 64 bits."""
+    if quick := _quick():
+        try:
+            value = quick(raw)
+            if not isinstance(value, dict) or isinstance(value.get(keys.id), (str, int, type(None))):
+                return value
+        except ValueError:
+            pass
+    return json.loads(raw.decode("utf-8"))
 
-    parquet = _pyarrow(file)
+
+def _twice(raw: bytes, key: str) -> bool:
+    """Whether an object names a key again: JSON's readers take the last, and another text would be lost."""
+    pairs: list[tuple[str, Any]] = json.loads(raw, object_pairs_hook=list)
+    return sum(name == key for name, _ in pairs) > 1
+
+
+def _is_text(text: str) -> bool:
+    """False for half of a surrogate pair, which JSON can spell and UTF-8 cannot."""
     try:
-        with file.open() as f, parquet.ParquetFile(f) as table:
-            meta = table.metadata
-            sizes = [meta.row_group(i).total_byte_size for i in range(meta.num_row_groups)]
-    except (OSError, ValueError):  # pyarrow's own errors are of these
-        return [(0, None)]  # reading it says what is wrong
-    return list(batches(sizes, limit)) or [(0, None)]
-
-
-def _parquet(file: SourceFile, begin: int, end: int | None, keys: Keys) -> Iterator[Record | Bad]:
-    """Rows of row groups [begin, end), by the columns `keys.text` and `keys.id`."""
-    row = 0
-    try:
-        with file.open() as f, _pyarrow(file).ParquetFile(f) as table:
-            names = table.schema_arrow.names
-            if keys.text not in names:
-                yield Bad(f"no field {keys.text!r}", 0)
-                return
-            row = sum(table.metadata.row_group(i).num_rows for i in range(begin))
-            groups = range(begin, table.metadata.num_row_groups if end is None else end)
-            columns = [keys.text, *([keys.id] if keys.id in names else [])]
-            for batch in table.iter_batches(ROWS, row_groups=list(groups), columns=columns):
-                for value in batch.to_pylist():
-                    yield _field(value[keys.text], value.get(keys.id), row, None, keys)
-                    row += 1
-    except (OSError, ValueError) as error:
-        yield Bad(f"unreadable file ({type(error).__name__})", row)
-
-
-def _dataset(file: SourceFile, begin: int, end: int | None, keys: Keys) -> Iterator[Record | Bad]:
-    """A Hugging Face dataset as a stream, in its own order: datasets://NAME?name=CONFIG&split=train&data_files=..."""
-    try:
-        import datasets
-    except ModuleNotFoundError as error:
-        raise UserError(f"{file.name} needs the package datasets; run: pip install 'megatron-scratch[datasets]'") from error
-    name, _, query = file.url.removeprefix(DATASETS).partition("?")
-    options = {"split": "train", **dict(parse_qsl(query))}
-    for row, value in enumerate(datasets.load_dataset(name, streaming=True, **options)):
-        if keys.text not in value:
-            yield Bad(f"no field {keys.text!r}", row)
-        else:
-            yield _field(value[keys.text], value.get(keys.id), row, None, keys)
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -19,14 +19,15 @@ from typing import Any
 import numpy as np
 
 from megatron_scratch.config.corpus import CorpusConfig, MinHashSettings, dedup_name, minhash_settings
-from megatron_scratch.corpus import read
+from megatron_scratch.corpus import export, read
+from megatron_scratch.corpus.clean import build_cleaners, files_of
 from megatron_scratch.corpus.dedup import exact, minhash
 from megatron_scratch.corpus.dedup.removals import kept_mask
 from megatron_scratch.corpus.dedup.signatures import MinHash
 from megatron_scratch.corpus.sources import SourceFile
 from megatron_scratch.corpus.stages import STAGE, Done, Engine, Stage, execute, hash_of
 from megatron_scratch.corpus.store import Store
-from megatron_scratch.corpus.write import parts
+from megatron_scratch.corpus.write import listing, parts
 from megatron_scratch.corpus.write.encode import Deal
 from megatron_scratch.data.tokenizer import load_tokenizer
 from megatron_scratch.util.errors import UserError
@@ -41,12 +42,14 @@ class Graph:
 
     def __init__(self, cfg: CorpusConfig, files: list[SourceFile], work: Path, engine: Engine, plugins: list[str], say: Say):
         self.cfg, self.files, self.work, self.engine, self.plugins, self.say = cfg, files, work, engine, plugins, say
+        self.ran: dict[str, Done] = {}  # for the report
 
     def _run(self, name: str, function: str, tasks: Tasks, key: list[Any], **common: Any) -> Done:
         """key: the stages that came before (`Done` or None) and settings that are in no task."""
         parts = [part.digest if isinstance(part, Done) else part for part in key]
         stage = Stage(name, function, tasks, common, hash_of(FORMAT, name, parts), self.plugins)
-        return execute(self.work, stage, self.engine, self.say)
+        self.ran[name] = execute(self.work, stage, self.engine, self.say)
+        return self.ran[name]
 
     # reading and cleaning
 
@@ -54,7 +57,8 @@ class Graph:
     def read(self) -> Done:
         c = self.cfg
         common = read.settings(c)
-        done = self._run("read", "read:run", read.tasks(c, self.files), [common], **common)
+        cleaners = build_cleaners(common["clean"], common["options"])
+        done = self._run("read", "read:run", read.tasks(c, self.files), [common, files_of(cleaners)], **common)
         if not done.total("documents"):
             raise UserError(f"corpus.input={c.input} gives no document ({_why(done)}); give text, or .jsonl with the field "
                             f"{c.text_key!r}")  # fmt: skip
@@ -109,9 +113,30 @@ class Graph:
         if self.cfg.minhash.signatures:
             from megatron_scratch.corpus.dedup import datatrove
 
-            tasks = datatrove.read_tasks(self.documents, self.cfg.minhash.signatures, self.files)
-            return self._run("sign", "dedup.datatrove:read", tasks, key, **common)
+            tasks, told = datatrove.read_tasks(self.cfg.minhash.signatures, self.read, self.numbered, self._kind)
+            return self._run("sign", "dedup.datatrove:read", tasks, [*key, told], **common, **told)
         return self._run("sign", "dedup.minhash:sign", _each(self.documents), key, **common)
+
+    @cached_property
+    def numbered(self) -> Done:
+        """How datatrove's reader numbers the documents."""
+        from megatron_scratch.corpus.dedup import datatrove
+
+        return self._run("numbered", "dedup.datatrove:number", datatrove.number_tasks(self.read), [self.read])
+
+    @cached_property
+    def exported(self) -> Done | None:
+        """The signatures as datatrove's files."""
+        if self.signed is None or not self.cfg.minhash.export:
+            return None
+        from megatron_scratch.corpus.dedup import datatrove_export
+
+        tasks = datatrove_export.tasks(len(self.files), self.read, self.numbered)
+        common = {"store": self.documents.spec(), "signed": _stems(self.signed, "numbers.npy"), "copies": _removed(self.exact)}
+        key = [self.signed, self.exact]
+        done = self._run("export", "dedup.datatrove_export:run", tasks, key, kind=asdict(self._kind), **common)
+        datatrove_export.publish(done, self.cfg.minhash.export)
+        return done
 
     @cached_property
     def paired(self) -> Done | None:
@@ -228,15 +253,30 @@ class Graph:
         return self._run("copies", "write.listing:copies", [task], [self.left_key], removed=self.removed)
 
     @cached_property
+    def _removals(self) -> dict[str, list[str]]:
+        stages = {listing.EXACT: self.exact, listing.NEAR: self.star, "nothing new": self.spans, "contaminated": self.contaminated}
+        return {why: _removed(done) for why, done in stages.items()}
+
+    @cached_property
+    def counted(self) -> Done:
+        """What each step removed of each shard, and what is left of it, for the report."""
+        return self._run("counted", "counts:run", _each(self.documents), [self.left_key], store=self.documents.spec(),
+                         text=self.text.spec(), removed=self._removals)  # fmt: skip
+
+    @cached_property
     def listed(self) -> Done:
         """Every document that was left out, with the reason, as lines of JSON."""
-        stages = {"exact copy": self.exact, "near copy": self.star, "nothing new": self.spans, "contaminated": self.contaminated}
         ends = list(accumulate((len(told["shards"]) for told in self.read.results), initial=0))
         tasks = [{"first": first, "end": end, "drops": self.read.path(i, "drops")}
                  for i, (first, end) in enumerate(zip(ends[:-1], ends[1:], strict=True))]  # fmt: skip
         return self._run("listed", "write.listing:run", tasks, [self.left_key], store=self.documents.spec(),
-                         removed={why: _removed(done) for why, done in stages.items()}, sources=[file.name for file in self.files],
+                         removed=self._removals, sources=[file.name for file in self.files],
                          evaluations=self.evaluations.results[0]["names"] if self.evaluations else [])  # fmt: skip
+
+    def written(self, suffix: str) -> Done:
+        """What is left as files of text."""
+        return self._run("documents", "export:run", export.tasks(self), [self.left_key, suffix], store=self.text.spec(),
+                         removed=self.removed, sources=[file.name for file in self.files], suffix=suffix)  # fmt: skip
 
     def parts(self, encoded: Done, side: str, split: str, dtype: np.dtype) -> Done:
         copies = None if self.copies is None else self.copies.path(0, "copies.npy")

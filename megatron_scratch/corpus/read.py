@@ -22,7 +22,7 @@ from megatron_scratch.util.errors import UserError
 DIGEST = 16  # bytes of blake2b per text: two of 10^9 different texts collide with probability 10^-21
 SAMPLES = 5  # places named per reason
 HEAD = 200  # characters of a dropped document that are shown
-MOST = 1 << 23  # documents in a shard: PLACE_BITS of `signatures.py` number twice as many
+MOST = 1 << 20  # documents in a shard: their rows take 300 bytes each until it is written
 
 
 def tasks(c: CorpusConfig, files: list[SourceFile]) -> list[dict[str, Any]]:
@@ -34,8 +34,8 @@ def tasks(c: CorpusConfig, files: list[SourceFile]) -> list[dict[str, Any]]:
         pieces += [(number, begin, end) for begin, end in ranges]
         sizes += [max(1, file.size() // len(ranges))] * len(ranges)
     whole = [(0, len(pieces))] if c.max_bytes is not None else batches(sizes, limit)
-    probes = [file.probe() for file in files]
-    return [{"ranges": [{"file": n, "name": files[n].name, "url": files[n].url, "begin": begin, "end": end, "probe": probes[n]}
+    stamps = [file.stamp() for file in files]
+    return [{"ranges": [{"file": n, "name": files[n].name, "url": files[n].url, "begin": begin, "end": end, "stamp": stamps[n]}
                         for n, begin, end in pieces[first:last]]} for first, last in whole]  # fmt: skip
 
 
@@ -91,6 +91,7 @@ def run(outputs: Outputs, ranges: list[dict[str, Any]], keys: list[Any], on_bad:
                 _take(record, told, cleaners, on_bad, shards, dropped, count, max_bytes)
                 if max_bytes is not None and shards.bytes >= max_bytes:
                     break
+            file.check(told["stamp"])
     outputs.save("drops.npy", np.array(dropped.before, np.int64))
     return {"shards": shards.counts, "documents": shards.documents, "bytes": shards.bytes,
             "seen": sum(c["seen"] for c in sources.values()),
@@ -105,6 +106,7 @@ def _take(record: Record | Bad, told: dict[str, Any], cleaners: list[tuple[str, 
     where = (told["name"], told["begin"], record.place, record.line)
     if isinstance(record, Bad):
         if on_bad == "stop":
+            SourceFile(told["name"], told["url"], "").check(told["stamp"])
             raise UserError(
                 f"{_exact_place(told, record)}: {record.reason}; mend it, or leave such records out with corpus.on_bad=skip"
             )
@@ -136,16 +138,16 @@ def _take(record: Record | Bad, told: dict[str, Any], cleaners: list[tuple[str, 
 
 
 def _exact_place(told: dict[str, Any], record: Bad) -> str:
-    """file:line, with the lines of the file before this range counted."""
+    """file:line, with the lines of the file before it counted where a range begins in the middle."""
     if record.line is None:
         return f"{told['name']} (record {record.place})"
-    before = 0
-    if told["begin"]:
-        with SourceFile(told["name"], told["url"], "").open() as f:
-            left = told["begin"]
-            while left and (data := f.read(min(left, 1 << 20))):
-                before, left = before + data.count(b"\n"), left - len(data)
-    return f"{told['name']}:{before + record.line}"
+    if not told["begin"]:
+        return f"{told['name']}:{record.line}"
+    before, left = 0, record.place
+    with SourceFile(told["name"], told["url"], "").open() as f:
+        while left and (data := f.read(min(left, 1 << 20))):
+            before, left = before + data.count(b"\n"), left - len(data)
+    return f"{told['name']}:{before + 1}"
 
 
 class _Shards:

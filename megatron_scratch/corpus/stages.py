@@ -20,6 +20,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from megatron_scratch import registry
+from megatron_scratch.corpus.clock import measured
 from megatron_scratch.util.files import atomic_write, write_json
 
 STAGE = "stage.json"
@@ -74,6 +75,7 @@ class Outputs:
         with atomic_write(path) as f:
             hashed = _Hashed(f)
             yield hashed
+            hashed.flush()
         self.files[path.name] = (hashed.size, hashed.digest.hexdigest())
 
     def save(self, suffix: str, array: np.ndarray) -> None:
@@ -84,21 +86,31 @@ class Outputs:
 
 
 class _Hashed:
-    """A file that hashes what goes through it."""
+    """A file that hashes what goes through it, a MiB at a time: many writes are of one document."""
 
     def __init__(self, f: Any):
         self.f, self.size, self.digest = f, 0, hashlib.sha256()
+        self.waiting: list[Any] = []
+        self.held = 0
 
     def write(self, data: Any) -> None:
+        """Bytes, or a view of bytes that do not change."""
+        self.waiting.append(data)
+        self.held += len(data)
+        if self.held >= 1 << 20:
+            self.flush()
+
+    def flush(self) -> None:
+        data = b"".join(self.waiting)
         self.f.write(data)
         self.digest.update(data)
-        self.size += len(data)
+        self.size, self.waiting, self.held = self.size + len(data), [], 0
 
 
 class Engine(Protocol):
-    """Runs tasks somewhere. `run` yields the index of each as it ends, and raises if one fails."""
+    """Runs tasks somewhere. `run` yields the index of each as it ends, and raises if one fails. `done` looks for its marker."""
 
-    def run(self, folder: Path, pending: list[int]) -> Iterator[int]: ...
+    def run(self, folder: Path, pending: list[int], done: Callable[[int], bool]) -> Iterator[int]: ...
 
 
 def hash_of(*parts: Any) -> str:
@@ -115,11 +127,12 @@ def execute(work: Path, stage: Stage, engine: Engine, say: Callable[[str], Any])
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / STAGE, wanted)
     pending = [i for i in range(len(stage.tasks)) if finished(folder, wanted, i) is None]
+    for scrap in folder.glob(".*.tmp") if pending else ():  # of tasks that were killed
+        scrap.unlink(missing_ok=True)
     left = len(pending)
-    for index in engine.run(folder, pending) if pending else ():
+    for index in engine.run(folder, pending, lambda i: finished(folder, wanted, i) is not None) if pending else ():
         left -= 1
-        if len(stage.tasks) > 1:
-            say(f"{stage.name}: {len(stage.tasks) - left} of {len(stage.tasks)} (task {index})")
+        say(f"{stage.name}: {len(stage.tasks) - left} of {len(stage.tasks)} (task {index})")
     markers = [finished(folder, wanted, i) for i in range(len(stage.tasks))]
     missing = [i for i, marker in enumerate(markers) if marker is None]
     assert not missing, f"{folder}: tasks {missing} have no marker"
@@ -145,9 +158,11 @@ def run_task(folder: Path, index: int) -> None:
         return
     registry.load_plugins(stage["plugins"])
     outputs = Outputs(folder, index)
-    result = _function(stage["function"])(outputs, **stage["common"], **stage["tasks"][index])
+    with measured() as spent:
+        result = _function(stage["function"])(outputs, **stage["common"], **stage["tasks"][index])
     write_json(folder / f"{index:05d}.done",
-               {"key": stage["key"], "args": stage["tasks"][index], "result": result, "files": outputs.files})  # fmt: skip
+               {"key": stage["key"], "args": stage["tasks"][index], "result": result, "files": outputs.files,
+                "spent": spent})  # fmt: skip
 
 
 def _function(name: str) -> Callable[..., dict[str, Any]]:

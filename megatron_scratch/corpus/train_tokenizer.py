@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from megatron_scratch.data.tokenizer import SPACE, ByteTokenizer, SentencePieceTokenizer, Tokenizer
+from megatron_scratch.data.tokenizer import BYTE_LEVEL, SPACE, ByteTokenizer, HFTokenizer, SentencePieceTokenizer, Tokenizer
 from megatron_scratch.util.errors import UserError
 
 EOD_PIECE = "<|endoftext|>"
@@ -23,6 +23,9 @@ SETTINGS = {
     "allow_whitespace_only_pieces": True, "split_digits": True, "max_sentence_length": 1 << 24, "num_threads": 2, "minloglevel": 9,
     "unk_id": 0, "eos_id": 1, "bos_id": -1, "pad_id": -1, "eos_piece": EOD_PIECE,
 }  # fmt: skip
+# Llama 3's, by which GPT-4 and Qwen cut too, but for the digits; gigatoken has a fast path for it
+LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
+          r"\s+(?!\S)|\s+")  # fmt: skip
 # num_threads also decides how unigram's sums are cut, hence the result: it is a constant, not the number of cores
 
 
@@ -61,6 +64,40 @@ def _one_line(message: str, vocab_size: int) -> str:
     if low := re.search(r"(\d+) vs (\d+)", message):
         return f"corpus.vocab_size={vocab_size} is too small: bytes and characters alone need {low[2]}; raise it to that or more"
     return f"no tokenizer of corpus.vocab_size={vocab_size} can be trained on this text: {' '.join(message.split())[:300]}"
+
+
+def bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Byte-level BPE (GPT-2; arXiv 1508.07909) by Hugging Face tokenizers, cut by Llama 3's regex: a `tokenizer.json`.
+
+    Ids: EOD, the 256 bytes, then the merges in the order they were learned. The package counts words on all cores, and ties
+    between merges are broken by id: the result does not depend on threads.
+    """
+    least = len(BYTE_LEVEL) + 1
+    if vocab_size < least:
+        raise UserError(f"corpus.vocab_size={vocab_size} is too small: bytes and the end of a document alone need {least}; raise "
+                        "it to that or more")  # fmt: skip
+    tokenizers = _tokenizers()
+    model = tokenizers.Tokenizer(tokenizers.models.BPE())
+    cut = tokenizers.pre_tokenizers
+    model.pre_tokenizer = cut.Sequence([cut.Split(tokenizers.Regex(LLAMA3), "isolated"),
+                                        cut.ByteLevel(add_prefix_space=False, use_regex=False)])  # fmt: skip
+    model.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[EOD_PIECE], show_progress=False,
+                                             initial_alphabet=sorted(BYTE_LEVEL))  # fmt: skip
+    model.train_from_iterator(_blocks(texts), trainer)
+    if model.get_vocab_size() < vocab_size:
+        raise UserError(f"corpus.vocab_size={vocab_size} is too large for this text; allowed: at most {model.get_vocab_size()}; "
+                        "lower it, or add text")  # fmt: skip
+    return HFTokenizer(model.to_str().encode())
+
+
+def _tokenizers() -> Any:
+    try:
+        import tokenizers
+    except ModuleNotFoundError as error:
+        raise UserError("corpus.tokenizer=bpe needs the package tokenizers, which is not installed; run: pip install "
+                        "'megatron-scratch[hf]', or use corpus.tokenizer=sentencepiece_bpe") from error  # fmt: skip
+    return tokenizers
 
 
 def sentencepiece_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import heapq
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,6 @@ from megatron_scratch.util.errors import UserError
 MASK = (1 << 64) - 1
 ROUNDS = 6  # 4 make a Feistel network a pseudo-random permutation (Luby & Rackoff, 1988); small domains want a few more
 ONE = 1 << 32  # a whole, in the blend's fixed-point fractions
-EPOCHS_KEPT = 2  # document orders kept in memory: a run reads one epoch, or two where a batch crosses
 
 
 @dataclass(frozen=True)
@@ -95,14 +94,17 @@ class Stream:
         is_start[self.starts[first:end] - start] = True
         if self.order is None and self.indexed.contiguous:
             return self.indexed.read(start, count).astype(np.int64), is_start
-        first = int(np.searchsorted(self.starts, start, side="right")) - 1
-        pieces = []
-        for d in range(first, end):
+        pieces = [self._part(*piece) for piece in self.pieces(start, count)]
+        return np.concatenate(pieces).astype(np.int64), is_start
+
+    def pieces(self, start: int, count: int) -> Iterator[tuple[int, int, int]]:
+        """(document of the file, a, b) for each piece of tokens [start, start + count): it is tokens [a, b) of the document."""
+        first, end = (int(np.searchsorted(self.starts, *at)) for at in ((start, "right"), (start + count, "left")))
+        for d in range(first - 1, end):
             a, b = int(self.starts[d]), int(self.starts[d + 1])
             a, b = max(start - a, 0), min(start + count, b) - a
             if a < b:
-                pieces.append(self._part(d if self.order is None else int(self.order[d]), a, b))
-        return np.concatenate(pieces).astype(np.int64), is_start
+                yield d if self.order is None else int(self.order[d]), a, b
 
     def _part(self, document: int, a: int, b: int) -> np.ndarray:
         """Tokens [a, b) of a document of the file, over its sequences."""
@@ -120,55 +122,30 @@ class Stream:
         return np.concatenate(pieces)
 
 
-class DocumentOrder:
-    """Documents are shuffled anew in each epoch, joined, and cut into windows; the windows are permuted."""
-
-    def __init__(self, indexed: IndexedDataset, seed: int):
-        self.indexed, self.seed = indexed, seed
-        self.kept: dict[int, Stream] = {}
-
-    def stream(self, epoch: int) -> Stream:
-        if epoch not in self.kept:
-            while len(self.kept) >= EPOCHS_KEPT:
-                self.kept.pop(next(iter(self.kept)))
-            order = permutation(self.indexed.num_documents, key("documents", self.seed, epoch))
-            self.kept[epoch] = Stream(self.indexed, order)
-        return self.kept[epoch]
-
-
-class ContiguousOrder:
-    """Windows of the file as it lies, permuted in each epoch; for data that was shuffled when it was written."""
-
-    def __init__(self, indexed: IndexedDataset, seed: int):
-        self.whole = Stream(indexed)
-
-    def stream(self, epoch: int) -> Stream:
-        return self.whole
-
-
 class GPTDataset:
     """Training samples of one file, numbered 0, 1, 2, ... without end.
 
     Args:
         order: a `sample_order` entry.
         content: sha256 of the tokens if it is known (a manifest's); else the file is probed when a fingerprint is asked for.
+        samples, split: data.megatron_samples and data.megatron_split, for the order that reads them.
     """
 
-    def __init__(self, indexed: IndexedDataset, seq_len: int, seed: int, order: str = "documents", content: str | None = None):
+    def __init__(self, indexed: IndexedDataset, seq_len: int, seed: int, order: str = "documents", content: str | None = None,
+                 samples: int | None = None, split: str | None = None):  # fmt: skip
         self.indexed, self.seq_len, self.seed, self.content = indexed, seq_len, seed, content
         self.name = indexed.prefix
-        self.samples_per_epoch = (indexed.num_tokens - 1) // seq_len
+        self.order_name, self.order = order, registry.get("sample_order", order)(indexed, seed, seq_len, samples, split)
+        self.samples_per_epoch = self.order.windows
         if self.samples_per_epoch < 1:
             raise UserError(f"{self.name} has {indexed.num_tokens} tokens, one sample of train.seq_len={seq_len} needs "
                             f"{seq_len + 1}; use a shorter train.seq_len or more data")  # fmt: skip
-        self.order_name, self.order = order, registry.get("sample_order", order)(indexed, seed)
         self.epoch: int | None = None
 
     def window_of(self, j: int) -> tuple[int, int]:
         """(epoch, window in the epoch's stream) of sample j."""
         assert j >= 0
-        epoch, i = divmod(j, self.samples_per_epoch)
-        return epoch, feistel(i, self.samples_per_epoch, key("windows", self.seed, epoch))
+        return self.order.place(j)
 
     def locate(self, j: int) -> tuple[str, int]:
         """(file, sample of that file) of sample j: what to name when a sample is bad."""
@@ -182,9 +159,33 @@ class GPTDataset:
         tokens, starts = self.order.stream(epoch).window(i * self.seq_len, self.seq_len + 1)
         return Sample(tokens, starts, self.seq_len + 1)
 
+    def pieces(self, j: int) -> list[tuple[int, int, int]] | None:
+        """(document of the file, a, b) for each piece of sample j, tokens [a, b) of it. None: the order cannot tell."""
+        epoch, i = self.window_of(j)
+        told = getattr(self.order.stream(epoch), "pieces", None)
+        return list(told(i * self.seq_len, self.seq_len + 1)) if told else None
+
     def fingerprint(self) -> str:
         """sha256 of what decides the samples besides seed and length: the tokens and the order."""
-        return hashlib.sha256(repr((self.content or self.indexed.fingerprint(), self.order_name)).encode()).hexdigest()
+        told = (self.content or self.indexed.fingerprint(), self.order_name)
+        told += () if self.order.identity is None else (self.order.identity,)
+        return hashlib.sha256(repr(told).encode()).hexdigest()
+
+
+class Later:
+    """A dataset from its sample `first` on: the data of a run that goes on from where another has been."""
+
+    def __init__(self, dataset: GPTDataset | Blend, first: int):
+        self.dataset, self.first, self.name = dataset, first, dataset.name
+
+    def locate(self, k: int) -> tuple[str, int]:
+        return self.dataset.locate(self.first + k)
+
+    def __getitem__(self, k: int) -> Sample:
+        return self.dataset[self.first + k]
+
+    def fingerprint(self) -> str:
+        return hashlib.sha256(repr((self.dataset.fingerprint(), self.first)).encode()).hexdigest()
 
 
 class Blend:

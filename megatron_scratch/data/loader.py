@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from megatron_scratch import registry
 from megatron_scratch.config.data import DataConfig, blend_parts
-from megatron_scratch.data.dataset import Blend, EvalWindows, GPTDataset, Sample
+from megatron_scratch.data.dataset import Blend, EvalWindows, GPTDataset, Later, Sample
 from megatron_scratch.data.indexed import IndexedDataset, check_token_ids, paths
 from megatron_scratch.data.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 from megatron_scratch.util.errors import UserError
@@ -50,7 +51,7 @@ class Batch:
 class DataSource:
     """What the `data` section names. vocab_size is None where neither tokenizer nor manifest tells it."""
 
-    train: GPTDataset | Blend | None
+    train: GPTDataset | Blend | Later | None
     valid: EvalWindows | None
     tokenizer: Tokenizer | None
     vocab_size: int | None
@@ -200,6 +201,23 @@ def _tokenizer(data: DataConfig, parts: list[Part]) -> Tokenizer | None:
     return tokenizer
 
 
+def _train_set(data: DataConfig, parts: list[tuple[Part, float]], seq_len: int, seed: int) -> GPTDataset | Blend | Later | None:
+    """What the order makes of the parts, from data.consumed on. One part is no blend, in Megatron either."""
+
+    def make(i: int, samples: int | None) -> GPTDataset:
+        part = parts[i][0]
+        return GPTDataset(part.open(), seq_len, seed, data.order, part.content, samples, data.megatron_split)
+
+    if not parts:
+        return None
+    if len(parts) == 1:
+        train = make(0, data.megatron_samples)
+    else:
+        order = registry.get("sample_order", data.order)
+        train = order.blended(make, [weight for _, weight in parts], seed, data.megatron_samples)
+    return Later(train, data.consumed) if data.consumed else train
+
+
 def open_data(data: DataConfig, seq_len: int, seed: int, need_train: bool = True) -> DataSource:
     """Open what the `data` section names: training set, evaluation windows, tokenizer. Mistakes raise `UserError`.
 
@@ -211,8 +229,7 @@ def open_data(data: DataConfig, seq_len: int, seed: int, need_train: bool = True
                         f"data.blend=[PATH:WEIGHT,...]; {MAKE_ONE}")  # fmt: skip
     evaluated = [(find_part(data.valid, "valid"), 1.0)] if data.valid else []
     tokenizer = _tokenizer(data, [part for part, _ in parts + evaluated])
-    sets = [GPTDataset(part.open(), seq_len, seed, data.order, part.content) for part, _ in parts]
-    train = None if not sets else sets[0] if len(sets) == 1 else Blend(sets, [weight for _, weight in parts], seed)
+    train = _train_set(data, parts, seq_len, seed)
     files = [part.open() for part, _ in evaluated] or _valid_files([part for part, _ in parts])
     valid = EvalWindows(files, seq_len) if files else None
     return DataSource(train, valid, tokenizer, tokenizer.vocab_size if tokenizer else None, (train or valid).fingerprint())

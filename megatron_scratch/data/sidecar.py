@@ -1,6 +1,6 @@
 """`PREFIX.meta/`: what an indexed dataset cannot say itself. Megatron passes over it; without it the data opens, unverified.
 
-meta.json       format; bytes and sha256 of .bin, .idx and the columns; the names of the source files; lineage
+meta.json       format; bytes and sha256 of .bin, .idx and the columns; the names of the source files; lineage; its own checksum
 blocks.npy      (B, 32) u8: sha256 of each 4 MiB of .bin
 source.npy      (D,) i64: the file of the input that document i comes from, its place in meta.json's list
 place.npy       (D,) i64: its first byte in that file as decompressed, or its row of a table
@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ import numpy as np
 from megatron_scratch.data.indexed import paths
 from megatron_scratch.data.writer import BLOCK, Checksums, IndexedWriter
 from megatron_scratch.util.errors import UserError
-from megatron_scratch.util.files import fsync_dir, sha256_file, write_json
+from megatron_scratch.util.files import fsync_dir, reserve, sha256_file
+from megatron_scratch.util.sealed import changed, write_sealed
 
 FORMAT = 1
 COLUMNS = ("source", "place", "document", "id", "copies")
@@ -43,6 +45,8 @@ class SidecarWriter:
         self.tmp.mkdir(parents=True)
         self.columns = {name: np.lib.format.open_memmap(self.tmp / f"{name}.npy", "w+", np.dtype("<i8"), (documents,))
                         for name in COLUMNS} if documents else {}  # fmt: skip
+        for name in self.columns:
+            reserve(self.tmp / f"{name}.npy")
 
     def add(self, origins: np.ndarray) -> None:
         """(n,) of ORIGIN."""
@@ -57,7 +61,7 @@ class SidecarWriter:
         self.columns = {}
         np.save(self.tmp / "blocks.npy", written.bin_sums.blocks())
         columns = {path.name: {"bytes": path.stat().st_size, "sha256": sha256_file(path)} for path in sorted(self.tmp.iterdir())}
-        write_json(self.tmp / "meta.json", {
+        write_sealed(self.tmp / "meta.json", {
             "format": FORMAT, "documents": self.documents, "sources": sources, "lineage": lineage,
             "columns": columns, "files": {path.name: {"bytes": sums.size, "sha256": sums.whole.hexdigest()}
                       for path, sums in zip(paths(self.prefix), (written.bin_sums, written.idx_sums), strict=True)}})  # fmt: skip
@@ -93,20 +97,31 @@ class Sidecar:
         row = {name: int(column[document]) for name, column in self.columns.items()}
         return self.meta["sources"][row["source"]], row["place"], row["copies"]
 
-    def verify(self) -> list[str]:
-        """Read both files whole; what differs from the checksums, a line each: files, and the blocks of .bin by their bytes."""
+    def verify(self, say: Callable[[str], Any] = lambda line: None) -> list[str]:
+        """Read dataset and sidecar whole; what differs from the checksums, a line each: files, blocks of .bin by their bytes."""
         wrong = []
+        if why := changed(self.folder / "meta.json"):
+            wrong.append(f"{self.folder / 'meta.json'}: {why}")
+        for name, told in self.meta["columns"].items():
+            path = self.folder / name
+            if not path.is_file() or (path.stat().st_size, sha256_file(path)) != (told["bytes"], told["sha256"]):
+                wrong.append(f"{path}: not the {told['bytes']} bytes that were written")
         for path in paths(self.prefix):
-            sums, told = Checksums(), self.meta["files"][path.name]
-            with open(path, "rb") as f:
-                while data := f.read(BLOCK):
-                    sums.update(data)
-            if (sums.size, sums.whole.hexdigest()) == (told["bytes"], told["sha256"]):
-                continue
-            wrong.append(f"{path}: {sums.size} bytes with another sha256 than the {told['bytes']} that were written")
-            if path.suffix == ".bin":
-                wrong += [f"{path}: bytes {i * BLOCK} to {i * BLOCK + BLOCK - 1} changed" for i, (a, b) in
-                          enumerate(zip(sums.blocks(), self.blocks, strict=False)) if not np.array_equal(a, b)]  # fmt: skip
+            say(str(path))
+            wrong += self._verify(path, self.meta["files"][path.name])
+        return wrong
+
+    def _verify(self, path: Path, told: dict[str, Any]) -> list[str]:
+        sums = Checksums()
+        with open(path, "rb") as f:
+            while data := f.read(BLOCK):
+                sums.update(data)
+        if (sums.size, sums.whole.hexdigest()) == (told["bytes"], told["sha256"]):
+            return []
+        wrong = [f"{path}: {sums.size} bytes with another sha256 than the {told['bytes']} that were written"]
+        if path.suffix == ".bin":
+            wrong += [f"{path}: bytes {i * BLOCK} to {min(i * BLOCK + BLOCK, sums.size) - 1} changed" for i, (a, b) in
+                      enumerate(zip(sums.blocks(), self.blocks, strict=False)) if not np.array_equal(a, b)]  # fmt: skip
         return wrong
 
 

@@ -11,7 +11,7 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -181,12 +181,12 @@ class HFTokenizer(Tokenizer):
     def _pieces(self, tree: dict[str, Any]) -> list[bytes]:
         vocab = self.model.get_vocab(with_added_tokens=True)
         byte_level = '"ByteLevel"' in json.dumps(tree.get("decoder"))
-        pieces = [b""] * (max(vocab.values()) + 1)
+        pieces, letters = [b""] * (max(vocab.values()) + 1), set(BYTE_LEVEL)
         for piece, i in vocab.items():
             if i in self.added:
                 pieces[i] = b"" if self.added[i].special else piece.encode()
-            elif byte_level and all(c in BYTE_LEVEL for c in piece):
-                pieces[i] = bytes(BYTE_LEVEL[c] for c in piece)
+            elif byte_level and letters.issuperset(piece):
+                pieces[i] = bytes(map(BYTE_LEVEL.__getitem__, piece))
             elif len(piece) == 6 and piece.startswith("<0x"):
                 pieces[i] = bytes([int(piece[3:5], 16)])
             else:
@@ -232,7 +232,12 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         path = found[0]
     if not path.is_file():
         raise UserError(f"tokenizer {path} does not exist; give a .model or .json file, or a folder with {' or '.join(FILES)}")
-    content = path.read_bytes()
-    if path.suffix != ".json":
-        return SentencePieceTokenizer(content, str(path))
-    return ByteTokenizer() if content == ByteTokenizer().content else HFTokenizer(content, str(path))
+    return _parsed(path.read_bytes(), path.suffix, str(path))
+
+
+@lru_cache(maxsize=4)
+def _parsed(content: bytes, suffix: str, where: str) -> Tokenizer:
+    """Parsing 128,000 ids takes half a second, and a preparation asks for the same file several times."""
+    if suffix != ".json":
+        return SentencePieceTokenizer(content, where)
+    return ByteTokenizer() if content == ByteTokenizer().content else HFTokenizer(content, where)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from megatron_scratch import registry
 from megatron_scratch.config import Config, check
+from megatron_scratch.config.data import fill_samples
 from megatron_scratch.config.launcher import ClusterConfig, check_launcher
 from megatron_scratch.config.train import check_parallel
 from megatron_scratch.data.loader import open_data
@@ -27,6 +28,7 @@ def resolve(cfg: Config, world: int, nodes: int = 1) -> Config:
     """Check the config against itself, the world and the data; fill in the vocabulary. Returns the same object."""
     registry.load_plugins(cfg.plugins)
     check(cfg, world, nodes)
+    fill_samples(cfg.data, cfg.train.steps * cfg.train.global_batch_size)
     data = open_data(cfg.data, cfg.train.seq_len, cfg.seed)
     if cfg.model.vocab_size is None:
         if data.vocab_size is None:

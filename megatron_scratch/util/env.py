@@ -106,6 +106,12 @@ def prepare_elastic() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # what torchrun would set, with a warning; train.threads counts
 
 
+def prepare_ray() -> str | None:
+    """Before Ray starts: no reports of its use to its makers, unless the user asked for them. The cluster to join, if any."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    return os.environ.get("RAY_ADDRESS")
+
+
 def prepare_recorder(entries: int) -> None:
     """Before a process group is made: torch's flight recorder keeps the last collectives, unless the user has said how many."""
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", str(entries))

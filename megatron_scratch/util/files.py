@@ -38,6 +38,14 @@ def atomic_write(path: Path, mode: str = "wb") -> Iterator[IO[Any]]:
         tmp.unlink(missing_ok=True)
 
 
+def reserve(path: Path) -> None:
+    """Have the file system find room for all of a file. One that is mapped and has holes needs it: a write to a page that finds no
+    room is SIGBUS, which nobody can report."""
+    with open(path, "r+b") as f:
+        if hasattr(os, "posix_fallocate") and (size := os.fstat(f.fileno()).st_size):  # not on macOS
+            os.posix_fallocate(f.fileno(), 0, size)
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON, atomically."""
     with atomic_write(path, "w") as f:

@@ -326,3 +326,19 @@ def test_inspect(tmp_path: Path) -> None:
         inspect(tmp_path / "out", document=999)
     with pytest.raises(UserError, match="does not exist"):
         inspect(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"dedup": "none", "keep": "longest"}, "corpus.keep=longest is given and nothing reads it with corpus.dedup=none"),
+        ({"span_chars": 10}, "corpus.span_chars=10 is given and nothing reads it with corpus.spans=none"),
+        ({"decontaminate_ngram": 8}, "nothing reads it with no corpus.decontaminate"),
+        ({"decontaminate_keys": ["q"]}, "nothing reads it with no corpus.decontaminate"),
+        ({"keep": "source"}, "keep=source needs the priority"),
+    ],
+)
+def test_settings_that_nothing_reads_are_refused(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        prepare(config("stdlib", tmp_path / "out", **changes))
+    assert not (tmp_path / "out").exists()

@@ -11,6 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from megatron_scratch import registry
 from megatron_scratch.util.errors import UserError
+from megatron_scratch.util.files import sha256_file
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,11 @@ Cleaner = Callable[[str], Union[str, Drop]]
 def build_cleaners(names: list[str], options: dict[str, dict[str, Any]]) -> list[tuple[str, Cleaner]]:
     """The cleaners by name, in order, each with its own settings. Errors: `UserError` for an unknown setting or a wrong type."""
     return [(name, registry.get("cleaner", name)(settings(name, options.get(name) or {}))) for name in names]
+
+
+def files_of(cleaners: list[tuple[str, Cleaner]]) -> list[str]:
+    """sha256 of the files that cleaners read (their attribute `files`): models, lists. Part of what decides the bytes."""
+    return [sha256_file(path) for _, cleaner in cleaners for path in getattr(cleaner, "files", ())]
 
 
 def settings(name: str, given: dict[str, Any]) -> Any:

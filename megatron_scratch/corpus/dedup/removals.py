@@ -31,6 +31,20 @@ def read_range(paths: Sequence[str], low: int, high: int) -> np.ndarray:
     return found[np.argsort(found["document"], kind="stable")]
 
 
+def find(paths: Sequence[str], documents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """((k,) places in `documents` (n,) i64 of those that some file removes, (k,) of REMOVAL)."""
+    places, found = [np.empty(0, np.int64)], [np.empty(0, REMOVAL)]
+    for path in paths:
+        rows = np.load(path, mmap_mode="r")
+        column = rows["document"]
+        within = np.flatnonzero((documents >= column[0]) & (documents <= column[-1])) if len(rows) else []
+        at = np.array([bisect_left(column, documents[i]) for i in within], np.int64)
+        hits = column[at] == documents[within] if len(at) else np.zeros(0, bool)
+        places.append(np.asarray(within, np.int64)[hits])
+        found.append(np.asarray(rows[at[hits]]))
+    return np.concatenate(places), np.concatenate(found)
+
+
 def kept_mask(paths: Sequence[str], low: int, high: int) -> np.ndarray:
     """(high - low,) bool: true for the documents that no file removes."""
     keep = np.ones(high - low, dtype=bool)

@@ -19,6 +19,7 @@ from megatron_scratch.corpus.dedup.words import AWKWARD, U64, C, jaccard, mix, s
 EMPTY = 0xFFFFFFFF  # in a signature without shingles
 KEY_BITS = 40  # of a band's key; the place in the shard takes the other 24 bits of a word that sorts fast
 PLACE_BITS = 64 - KEY_BITS
+_MARKS = [letter.encode() for letter in AWKWARD]
 BLOCK = 1 << 15  # shingles per pass of the numpy twin: 128 KiB, which stay in L2
 
 
@@ -82,14 +83,18 @@ def _numpy(text: np.ndarray, starts: np.ndarray, kind: MinHash, out: np.ndarray,
 
 def lowered(text: np.ndarray, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The same texts for the compiled loop, which lowers letter by letter: those with a letter of `AWKWARD` lowered by Python."""
-    marks = [letter.encode() for letter in AWKWARD]
-    whole = text.tobytes() if any(mark in memoryview(text).tobytes() for mark in marks) else b""
-    if not whole:
+    whole = text.tobytes()
+    if not _awkward(whole):
         return text, starts
     pieces = [whole[a:b] for a, b in zip(starts[:-1], starts[1:], strict=True)]
-    pieces = [p.decode("utf-8").lower().encode() if any(mark in p for mark in marks) else p for p in pieces]
+    pieces = [p.decode("utf-8").lower().encode() if _awkward(p) else p for p in pieces]
     ends = np.cumsum([0, *map(len, pieces)], dtype=np.int64)
     return np.frombuffer(b"".join(pieces), np.uint8), ends
+
+
+def _awkward(raw: bytes) -> bool:
+    """Whether there is a letter of `AWKWARD`. Its first byte is looked for alone first: that is ten times as fast."""
+    return any(mark[:1] in raw and mark in raw for mark in _MARKS)
 
 
 @cache
@@ -102,7 +107,7 @@ def comparer(ngram: int, fast: bool | None = None) -> tuple[Callable[[bytes], np
     power, letters = U64(pow(C, ngram, 1 << 64)), tables()
 
     def shingles(raw: bytes) -> np.ndarray:
-        if any(letter.encode() in raw for letter in AWKWARD):
+        if _awkward(raw):
             raw = raw.decode("utf-8").lower().encode()
         return kernel.shingle_set(np.frombuffer(raw, np.uint8), ngram, power, *letters)
 

@@ -6,12 +6,14 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from queue import Empty, Queue
 from threading import Thread
 from typing import Any
 
 from megatron_scratch.config.corpus import CorpusConfig
+from megatron_scratch.config.launcher import LauncherConfig
 from megatron_scratch.corpus.stages import run_task
 from megatron_scratch.util import env
 from megatron_scratch.util.errors import RunFailed, UserError
@@ -21,7 +23,7 @@ from megatron_scratch.util.machine import cores
 class Local:
     """`corpus.workers` processes; with one, tasks run in this process."""
 
-    def __init__(self, cfg: CorpusConfig, work: Path, say: Callable[[str], Any]):
+    def __init__(self, cfg: CorpusConfig, work: Path, say: Callable[[str], Any], launcher: LauncherConfig):
         self.workers = cfg.workers or cores()
         self.started: list[_Worker] = []
 
@@ -32,10 +34,13 @@ class Local:
         for worker in self.started:
             worker.end()
 
-    def run(self, folder: Path, pending: list[int]) -> Iterator[int]:
+    def run(self, folder: Path, pending: list[int], finished: Callable[[int], bool]) -> Iterator[int]:
         if self.workers == 1 or len(pending) == 1:
             for index in pending:
-                run_task(folder, index)
+                try:
+                    run_task(folder, index)
+                except OSError as error:
+                    raise _failure({"error": f"{type(error).__name__}: {error}"}, folder, index) from error
                 yield index
             return
         while len(self.started) < min(self.workers, len(pending)):
@@ -49,16 +54,21 @@ class Local:
         for _ in pending:
             index, told = done.get()
             if told:
-                raise (UserError if told.get("user") else RunFailed)(f"{told['error'].strip()} ({folder.name}, task {index})")
+                raise _failure(told, folder, index)
             yield index
 
 
+def _failure(told: dict[str, Any], folder: Path, index: int) -> Exception:
+    return (UserError if told.get("user") else RunFailed)(f"{told['error'].strip()} ({folder.name}, task {index})")
+
+
 class _Worker:
-    """A process that runs tasks one at a time."""
+    """A process that runs tasks one at a time. It is in no terminal's group: Ctrl-C is ours to hear."""
 
     def __init__(self) -> None:
         self.process = subprocess.Popen([sys.executable, "-m", "megatron_scratch.corpus.work"], env=env.everything(),
-                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)  # fmt: skip
+                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                                        start_new_session=True)  # fmt: skip
 
     def work(self, folder: str, left: Queue[int], done: Queue[tuple[int, dict[str, Any]]]) -> None:
         """Until no task is left, one fails, or the process dies."""
@@ -88,4 +98,5 @@ class _Worker:
         self.process.kill()
         self.process.wait()
         for stream in (self.process.stdin, self.process.stdout):
-            stream.close()  # type: ignore[union-attr]
+            with suppress(OSError):  # what it was told last and did not read
+                stream.close()  # type: ignore[union-attr]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import accumulate
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -30,7 +30,8 @@ class Deal:
     """Who goes where, decided from counts of the whole corpus.
 
     split: document: to valid if the first half of its hash is below `cut`, in an order shuffled by `seed`; tail: to valid from
-    the character `cut` of the corpus on, in the order they came, with EOD between documents only.
+    the character `cut` of the corpus on, in the order they came, with EOD between documents only; none: all to train, in the
+    order they came.
     """
 
     split: str
@@ -41,7 +42,7 @@ class Deal:
 
 def run(outputs: Outputs, store: dict[str, Any], shard: int, removed: list[str], first: int, first_char: int, deal: dict[str, Any],
         tokenizer: str, encoder: str) -> dict[str, Any]:  # fmt: skip
-    """`SIDE.ids` (tokens back to back) and `SIDE.docs.npy` (n,) of DOCUMENT, both sorted by order.
+    """`SIDE.ids` (tokens back to back) and `SIDE.docs.npy` (n,) of DOCUMENT, both sorted by order; `used.npy` (vocab_size,) bool.
 
     Args:
         first, first_char: documents and characters that are left of the shards before this one.
@@ -49,10 +50,12 @@ def run(outputs: Outputs, store: dict[str, Any], shard: int, removed: list[str],
     part, plan, coder = Store.of(store).shard(shard), Deal(**deal), load_encoder(tokenizer, encoder)
     keep = np.flatnonzero(kept_mask(removed, part.base, part.base + len(part)))
     pieces = _dealt(part, keep, plan, first, first_char)
-    sides: dict[str, list[tuple[int, int, np.ndarray]]] = {side: [] for side in SIDES}
+    sides: dict[str, list[tuple[int, int, memoryview]]] = {side: [] for side in SIDES}
     counts = {side: dict.fromkeys(("documents", "tokens", "characters", "bytes", "unknown_tokens"), 0) for side in SIDES}
+    used = np.zeros(coder.tokenizer.vocab_size, bool)
     for batch in _batches(pieces):
-        _encode(batch, coder, sides, counts)
+        used[_encode(batch, coder, sides, counts)] = True
+    outputs.save("used.npy", used)
     for side, found in sides.items():
         _save(outputs, side, found, best_dtype(coder.tokenizer.vocab_size))
     return counts
@@ -74,7 +77,8 @@ def _dealt(part: Shard, keep: np.ndarray, plan: Deal, first: int, first_char: in
     if plan.split == "tail":
         yield from _tail(part, keep, plan, first, first_char)
         return
-    orders = ranks_of(np.arange(first, first + len(keep)), key("documents on disk", plan.seed))
+    places = np.arange(first, first + len(keep))
+    orders = places if plan.split == "none" else ranks_of(places, key("documents on disk", plan.seed))
     rows = part.rows[keep]
     for i, order, row in zip(keep.tolist(), orders.tolist(), rows, strict=True):
         side = "valid" if int(row["hash_high"]) < plan.cut else "train"
@@ -106,25 +110,34 @@ def _batches(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
         yield batch
 
 
-def _encode(batch: list[Piece], coder: Encoder, sides: dict[str, list], counts: dict[str, dict[str, int]]) -> None:
+def _encode(batch: list[Piece], coder: Encoder, sides: dict[str, list], counts: dict[str, dict[str, int]]) -> np.ndarray:
+    """The ids of all of them, (n,) without EOD. A piece's own, with EOD, go to its side as a view of bytes on disk."""
     ids, lengths = coder.encode([piece.raw for piece in batch])
-    ends = np.cumsum(lengths)
-    unknown, eod = coder.tokenizer.unk_id, np.array([coder.tokenizer.eod_id], ids.dtype)
-    for piece, start, end in zip(batch, (ends - lengths).tolist(), ends.tolist(), strict=True):
-        tokens = ids[start:end]
+    ended = np.array([piece.ended for piece in batch])
+    ends = np.cumsum(lengths + ended)
+    is_eod = np.zeros(ends[-1], bool)
+    is_eod[ends[ended] - 1] = True
+    tokens = np.full(ends[-1], coder.tokenizer.eod_id, best_dtype(coder.tokenizer.vocab_size))
+    tokens[~is_eod] = ids
+    view, size = memoryview(tokens).cast("B"), tokens.itemsize
+    unknown = np.concatenate([[0], np.cumsum(ids == coder.tokenizer.unk_id)]) if coder.tokenizer.unk_id is not None else None
+    first = start = 0
+    for piece, length, end in zip(batch, lengths.tolist(), ends.tolist(), strict=True):
+        sides[piece.side].append((piece.order, piece.number, view[start * size : end * size]))
         count = counts[piece.side]
-        count["unknown_tokens"] += 0 if unknown is None else int((tokens == unknown).sum())
-        tokens = np.concatenate([tokens, eod]) if piece.ended else tokens
-        sides[piece.side].append((piece.order, piece.number, tokens))
-        for name, n in (("documents", 1), ("tokens", len(tokens)), ("characters", piece.chars), ("bytes", len(piece.raw))):
+        for name, n in (("documents", 1), ("tokens", end - start), ("characters", piece.chars), ("bytes", len(piece.raw))):
             count[name] += n
+        if unknown is not None:
+            count["unknown_tokens"] += int(unknown[first + length] - unknown[first])
+        first, start = first + length, end
+    return ids.astype(np.intp)
 
 
-def _save(outputs: Outputs, side: str, found: list[tuple[int, int, np.ndarray]], dtype: np.dtype) -> None:
-    found.sort(key=lambda item: item[0])
+def _save(outputs: Outputs, side: str, found: list[tuple[int, int, memoryview]], dtype: np.dtype) -> None:
+    found.sort(key=itemgetter(0))
     with outputs.open(f"{side}.ids") as f:
         for _, _, tokens in found:
-            f.write(memoryview(tokens.astype(dtype)).cast("B") if len(tokens) else b"")
-    begins = accumulate((len(tokens) for _, _, tokens in found), initial=0)
-    rows = [(order, number, begin, len(tokens)) for (order, number, tokens), begin in zip(found, begins, strict=False)]
-    outputs.save(f"{side}.docs.npy", np.array(rows, DOCUMENT))
+            f.write(tokens)
+    docs = np.array([(order, number, 0, len(tokens) // dtype.itemsize) for order, number, tokens in found], DOCUMENT)
+    docs["begin"] = np.cumsum(docs["tokens"]) - docs["tokens"]
+    outputs.save(f"{side}.docs.npy", docs)

@@ -10,10 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from megatron_scratch.corpus.dedup.removals import NOBODY, read_range
+from megatron_scratch.corpus.dedup.removals import NOBODY, find, read_range
 from megatron_scratch.corpus.stages import Outputs
 from megatron_scratch.corpus.store import Store
+from megatron_scratch.util.files import reserve
 
+EXACT, NEAR = "exact copy", "near copy"
 BLOCK = 1 << 22  # removals counted at once
 SAMPLES = 5  # places named per reason
 HEAD = 200  # characters of a document that are shown
@@ -42,7 +44,9 @@ def _later(store: Store, shards: range, removed: dict[str, list[str]], sources: 
     """(document, 1, line) of what the later stages removed; counted in `dropped`."""
     for shard in shards:
         base, count = store.bases[shard], store.counts[shard]
-        rows = [(int(row["document"]), why, row) for why, paths in removed.items() for row in read_range(paths, base, base + count)]
+        found = {why: read_range(paths, base, base + count) for why, paths in removed.items()}
+        _follow(found.get(EXACT), removed.get(NEAR, []))
+        rows = [(int(row["document"]), why, row) for why, some in found.items() for row in some]
         for number, why, row in sorted(rows, key=itemgetter(0)):
             line = _line(store, sources, evaluations, why, row)
             told = dropped.setdefault(why, {"count": 0, "samples": []})
@@ -50,6 +54,14 @@ def _later(store: Store, shards: range, removed: dict[str, list[str]], sources: 
             if told["count"] <= SAMPLES:
                 told["samples"].append({"begin": 0, "line": None, **{key: line[key] for key in ("source", "place", "head")}})
             yield number, 1, (json.dumps(line, ensure_ascii=False) + "\n").encode()
+
+
+def _follow(copies: np.ndarray | None, near: list[str]) -> None:
+    """A copy of a document that is like a third one, and went, went in favour of that third one, and is as similar to it."""
+    if copies is None or not len(copies):
+        return
+    places, rows = find(near, copies["kept"])
+    copies["kept"][places], copies["similarity"][places] = rows["kept"], rows["similarity"]
 
 
 def _line(store: Store, sources: list[str], evaluations: list[str], why: str, row: Any) -> dict[str, Any]:
@@ -78,6 +90,7 @@ def copies(outputs: Outputs, removed: list[str], documents: int) -> dict[str, An
     one that stayed."""
     scratch = outputs.path("copies.tmp")  # on disk: four bytes for every document there is
     count = np.memmap(scratch, np.uint32, "w+", shape=(max(1, documents),))
+    reserve(scratch)
     for path in removed:
         rows = np.load(path, mmap_mode="r")
         for i in range(0, len(rows), BLOCK):

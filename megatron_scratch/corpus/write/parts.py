@@ -44,10 +44,10 @@ def run(outputs: Outputs, store: dict[str, Any], encoded: list[str], low: int, h
         found.append(part)
     docs, ids = np.concatenate(found), np.concatenate(tokens)
     docs = docs[np.argsort(docs["order"], kind="stable")]
+    view = memoryview(ids).cast("B") if len(ids) else memoryview(b"")
     with outputs.open("ids") as f:
-        for start, count in zip(docs["begin"].tolist(), docs["tokens"].tolist(), strict=True):
-            if count:
-                f.write(memoryview(ids[start : start + count]).cast("B"))
+        for start, count in zip((docs["begin"] * ids.itemsize).tolist(), (docs["tokens"] * ids.itemsize).tolist(), strict=True):
+            f.write(view[start : start + count])
     outputs.save("tokens.npy", docs["tokens"].astype(np.int32))
     outputs.save("origins.npy", _origins(Store.of(store), docs["number"], copies))
     return {"documents": len(docs), "tokens": int(docs["tokens"].sum())}
