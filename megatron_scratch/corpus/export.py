@@ -10,6 +10,9 @@ import json
 import os
 import shutil
 import zlib
+from collections.abc import Callable
+from functools import cache
+from importlib import import_module
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
@@ -83,7 +86,16 @@ def _line(raw: bytes, row: Any, sources: list[str]) -> bytes:
     told: dict[str, Any] = {"text": raw.decode("utf-8"), "source": sources[int(row["source"])], "place": int(row["place"])}
     if row["id"]:
         told["id"] = f"{int(row['id']):016x}"
-    return (json.dumps(told, ensure_ascii=False) + "\n").encode()
+    return _dumps()(told) + b"\n"
+
+
+@cache
+def _dumps() -> Callable[[Any], bytes]:
+    """To JSON without spaces: orjson's writer, four times as fast, if it is installed. Python's writes the same bytes."""
+    try:
+        return import_module("orjson").dumps
+    except ModuleNotFoundError:
+        return lambda told: json.dumps(told, ensure_ascii=False, separators=(",", ":")).encode()
 
 
 def place(done: Done, suffix: str, output: Path) -> dict[str, tuple[int, str]]:

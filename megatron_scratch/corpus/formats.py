@@ -120,7 +120,7 @@ def _skip(f: IO[bytes], most: int | None) -> int:
 
 def _record(raw: bytes, place: int, line: int, keys: Keys) -> Record | Bad:
     try:
-        value = _value(raw, keys)
+        value, sure = _value(raw, keys)
     except UnicodeDecodeError:
         return Bad("not UTF-8", place, line, raw[:200])
     except (ValueError, RecursionError):
@@ -130,7 +130,7 @@ def _record(raw: bytes, place: int, line: int, keys: Keys) -> Record | Bad:
     if raw.count(json.dumps(keys.text).encode()) > 1 and _twice(raw, keys.text):
         return Bad(f"field {keys.text!r} is there twice", place, line, raw[:200])
     found = field(value[keys.text], value.get(keys.id), place, line, keys)
-    if b"\\u" in raw and isinstance(found, Record) and not _is_text(found.text):
+    if not sure and isinstance(found, Record) and not _is_text(found.text):
         return Bad("not UTF-8", place, line, raw[:200])
     return found
 
@@ -144,17 +144,18 @@ def _quick() -> Callable[[bytes], Any] | None:
         return None
 
 
-def _value(raw: bytes, keys: Keys) -> Any:
-    """What a line of JSON says, as Python's reader has it: that is asked where orjson refuses (NaN, half surrogates, broken UTF-8,
-    great depth), and where the id is a number or more, as orjson makes floats of integers above 64 bits."""
+def _value(raw: bytes, keys: Keys) -> tuple[Any, bool]:
+    """What a line of JSON says, as Python's reader has it, and whether it surely holds no half surrogate. Python's is asked where
+    orjson refuses (NaN, half surrogates, broken UTF-8, great depth), and where the id is more than a word, as orjson makes floats
+    of integers above 64 bits."""
     if quick := _quick():
         try:
             value = quick(raw)
             if not isinstance(value, dict) or isinstance(value.get(keys.id), (str, int, type(None))):
-                return value
+                return value, True
         except ValueError:
             pass
-    return json.loads(raw.decode("utf-8"))
+    return json.loads(raw.decode("utf-8")), b"\\u" not in raw
 
 
 def _twice(raw: bytes, key: str) -> bool:

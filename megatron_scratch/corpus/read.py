@@ -113,7 +113,7 @@ def _take(record: Record | Bad, told: dict[str, Any], cleaners: list[tuple[str, 
         dropped.add(record.reason, *where, record.head.decode("utf-8", "replace"))
         return
     text: str | Drop = record.text
-    if not record.text.strip():
+    if not record.text or record.text.isspace():
         dropped.add("empty", *where, record.text)
         return
     for _, cleaner in cleaners:
@@ -121,7 +121,7 @@ def _take(record: Record | Bad, told: dict[str, Any], cleaners: list[tuple[str, 
         if isinstance(text, Drop):
             dropped.add(text.reason, *where, record.text)
             return
-    if not text.strip():
+    if not text or text.isspace():
         dropped.add("empty", *where, record.text)
         return
     try:

@@ -66,10 +66,10 @@ class Shard:
         self.stem, self.base = stem, base
         ends = np.load(f"{stem}.ends.npy")
         self.starts = np.concatenate([np.zeros(1, np.int64), ends])
-        self.rows = np.load(f"{stem}.rows.npy", mmap_mode="r")
+        self.rows = np.load(f"{stem}.rows.npy", mmap_mode="r").view(np.ndarray)  # a memmap's slices cost a microsecond each
         size = Path(f"{stem}.text").stat().st_size
         assert size == self.starts[-1], f"{stem}.text has {size} bytes, {self.starts[-1]} expected"
-        self.text = np.memmap(f"{stem}.text", np.uint8, "r") if size else np.zeros(0, np.uint8)
+        self.text = np.memmap(f"{stem}.text", np.uint8, "r").view(np.ndarray) if size else np.zeros(0, np.uint8)
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -291,3 +291,15 @@ def test_the_table_is_printed_at_the_end(tmp_path: Path, capsys: pytest.CaptureF
     assert next(r for r in rows if r[:3] == ["read", "and", "clean"])[3:8] == ["45", "0.0", "2", "4.44%", "43"]
     assert next(r for r in rows if r[:2] == ["exact", "copies"])[2:7] == ["43", "0.0", "1", "2.33%", "42"]
     assert next(r for r in rows if r[:2] == ["near", "copies"])[2:7] == ["42", "0.0", "1", "2.38%", "41"]
+
+
+def test_both_writers_of_json_write_the_same_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    orjson = pytest.importorskip("orjson")
+    letters = "".join(chr(c) for c in [*range(0x3000), *range(0xE000, 0x11000), 0x1F600, 0x10FFFF])
+    told = {"text": letters, "source": 'a "b"\\c/d', "place": 2**62, "id": f"{7:016x}"}
+    monkeypatch.setattr(export, "import_module", lambda name: (_ for _ in ()).throw(ModuleNotFoundError(name)))
+    export._dumps.cache_clear()
+    try:
+        assert export._dumps()(told) == orjson.dumps(told)
+    finally:
+        export._dumps.cache_clear()

@@ -22,7 +22,8 @@ class Newlines:
         pass
 
     def __call__(self, text: str) -> str:
-        return text.removeprefix("\ufeff").replace("\r\n", "\n")
+        text = text.removeprefix("\ufeff")
+        return text.replace("\r\n", "\n") if "\r" in text else text
 
 
 class Unicode:

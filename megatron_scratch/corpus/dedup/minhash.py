@@ -40,26 +40,17 @@ def sign(outputs: Outputs, store: dict[str, Any], shard: int, removed: list[str]
     Documents without a shingle (fewer words than `ngram`) have no signature.
     """
     part, minhash = Store.of(store).shard(shard), MinHash(**kind)
-    keep = np.flatnonzero(kept_mask(removed, part.base, part.base + len(part)))
-    text, starts = _gathered(part, keep)
-    found, counts = signatures(text, starts, minhash)
-    signed = counts > 0
-    found, numbers = found[signed], keep[signed] + part.base
+    keep = kept_mask(removed, part.base, part.base + len(part))
+    found, counts = signatures(part.text, part.starts, minhash)  # of the copies, too: fewer than it costs to leave them out
+    signed = keep & (counts > 0)
+    found, numbers = found[signed], np.flatnonzero(signed) + part.base
     assert len(numbers) <= PLACE, "more documents in a shard than PLACE_BITS can number"
     words = band_keys(found, minhash) << U64(PLACE_BITS) | np.arange(len(numbers), dtype=U64)
     words.sort(axis=1)
     outputs.save("signatures.npy", found)
     outputs.save("numbers.npy", numbers)
     outputs.save("bands.npy", words)
-    return {"documents": len(keep), "signed": len(numbers)}
-
-
-def _gathered(part: Any, keep: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The kept texts back to back and where they start; a shard that keeps all is not copied."""
-    if len(keep) == len(part):
-        return part.text, part.starts
-    raw = [part.raw(int(i)) for i in keep]
-    return np.frombuffer(b"".join(raw), np.uint8), np.cumsum([0, *map(len, raw)], dtype=np.int64)
+    return {"documents": int(keep.sum()), "signed": len(numbers)}
 
 
 # pair

@@ -57,16 +57,32 @@ def signatures(text: np.ndarray, starts: np.ndarray, kind: MinHash, fast: bool |
     counts = np.zeros(len(starts) - 1, np.int64)
     out = np.full((len(starts) - 1, kind.size), EMPTY, np.uint32)
     run = _compiled if (compiled() if fast is None else fast) else _numpy
-    run(text, starts, kind, out, counts)
+    run(np.asarray(text), starts, kind, out, counts)
     return out, counts
 
 
 def _compiled(text: np.ndarray, starts: np.ndarray, kind: MinHash, out: np.ndarray, counts: np.ndarray) -> None:
+    """The compiled loop lowers letter by letter; texts with a letter of `AWKWARD` are lowered by Python, and done again."""
     from megatron_scratch.corpus.dedup import kernel
 
-    text, starts = lowered(text, starts)
-    power = U64(pow(C, kind.ngram, 1 << 64))
-    kernel.signatures(text, starts, kind.ngram, power, *tables(), *kind.multipliers(), out, counts)
+    settings = (kind.ngram, U64(pow(C, kind.ngram, 1 << 64)), *tables(), *kind.multipliers())
+    kernel.signatures(text, starts, *settings, out, counts)
+    again = _awkward_texts(text, starts)
+    if len(again):
+        lowered = [text[starts[i] : starts[i + 1]].tobytes().decode("utf-8").lower().encode() for i in again]
+        ends = np.cumsum([0, *map(len, lowered)], dtype=np.int64)
+        found, number = np.full((len(again), kind.size), EMPTY, np.uint32), np.zeros(len(again), np.int64)
+        kernel.signatures(np.frombuffer(b"".join(lowered), np.uint8), ends, *settings, found, number)
+        out[again], counts[again] = found, number
+
+
+def _awkward_texts(text: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """Which texts have a letter of `AWKWARD`."""
+    found = [np.empty(0, np.int64)]
+    for first, second in _MARKS:
+        at = np.flatnonzero(text[:-1] == first)
+        found.append(at[text[at + 1] == second])
+    return np.unique(np.searchsorted(starts, np.concatenate(found), side="right") - 1)
 
 
 def _numpy(text: np.ndarray, starts: np.ndarray, kind: MinHash, out: np.ndarray, counts: np.ndarray) -> None:
@@ -81,19 +97,8 @@ def _numpy(text: np.ndarray, starts: np.ndarray, kind: MinHash, out: np.ndarray,
                 out[d, j] = min(out[d, j], (block * a[j] + b[j]).min())
 
 
-def lowered(text: np.ndarray, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The same texts for the compiled loop, which lowers letter by letter: those with a letter of `AWKWARD` lowered by Python."""
-    whole = text.tobytes()
-    if not _awkward(whole):
-        return text, starts
-    pieces = [whole[a:b] for a, b in zip(starts[:-1], starts[1:], strict=True)]
-    pieces = [p.decode("utf-8").lower().encode() if _awkward(p) else p for p in pieces]
-    ends = np.cumsum([0, *map(len, pieces)], dtype=np.int64)
-    return np.frombuffer(b"".join(pieces), np.uint8), ends
-
-
 def _awkward(raw: bytes) -> bool:
-    """Whether there is a letter of `AWKWARD`. Its first byte is looked for alone first: that is ten times as fast."""
+    """Whether there is a letter of `AWKWARD`. Its first byte is looked for alone first, which is fast."""
     return any(mark[:1] in raw and mark in raw for mark in _MARKS)
 
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from operator import itemgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from megatron_scratch.corpus.dedup.removals import kept_mask
+from megatron_scratch.corpus.dedup.words import U64
 from megatron_scratch.corpus.stages import Outputs
 from megatron_scratch.corpus.store import Shard, Store
 from megatron_scratch.corpus.write.encoders import Encoder, load_encoder
@@ -61,8 +62,7 @@ def run(outputs: Outputs, store: dict[str, Any], shard: int, removed: list[str],
     return counts
 
 
-@dataclass(frozen=True)
-class Piece:
+class Piece(NamedTuple):
     """A document, or a part of the one that the cut between the sides goes through."""
 
     side: str
@@ -79,10 +79,9 @@ def _dealt(part: Shard, keep: np.ndarray, plan: Deal, first: int, first_char: in
         return
     places = np.arange(first, first + len(keep))
     orders = places if plan.split == "none" else ranks_of(places, key("documents on disk", plan.seed))
-    rows = part.rows[keep]
-    for i, order, row in zip(keep.tolist(), orders.tolist(), rows, strict=True):
-        side = "valid" if int(row["hash_high"]) < plan.cut else "train"
-        yield Piece(side, order, part.base + i, part.raw(i), int(row["chars"]), True)
+    valid, chars = part.rows["hash_high"][keep] < U64(plan.cut), part.rows["chars"][keep]
+    for i, order, aside, count in zip(keep.tolist(), orders.tolist(), valid.tolist(), chars.tolist(), strict=True):
+        yield Piece("valid" if aside else "train", order, part.base + i, part.raw(i), count, True)
 
 
 def _tail(part: Shard, keep: np.ndarray, plan: Deal, first: int, begin: int) -> Iterator[Piece]:
@@ -111,7 +110,7 @@ def _batches(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
 
 
 def _encode(batch: list[Piece], coder: Encoder, sides: dict[str, list], counts: dict[str, dict[str, int]]) -> np.ndarray:
-    """The ids of all of them, (n,) without EOD. A piece's own, with EOD, go to its side as a view of bytes on disk."""
+    """The ids of all of them, (n,) with EOD. A piece's own go to its side as a view of bytes on disk."""
     ids, lengths = coder.encode([piece.raw for piece in batch])
     ended = np.array([piece.ended for piece in batch])
     ends = np.cumsum(lengths + ended)
@@ -120,17 +119,20 @@ def _encode(batch: list[Piece], coder: Encoder, sides: dict[str, list], counts: 
     tokens = np.full(ends[-1], coder.tokenizer.eod_id, best_dtype(coder.tokenizer.vocab_size))
     tokens[~is_eod] = ids
     view, size = memoryview(tokens).cast("B"), tokens.itemsize
-    unknown = np.concatenate([[0], np.cumsum(ids == coder.tokenizer.unk_id)]) if coder.tokenizer.unk_id is not None else None
-    first = start = 0
-    for piece, length, end in zip(batch, lengths.tolist(), ends.tolist(), strict=True):
+    unknown = np.zeros(len(batch), np.int64)
+    if coder.tokenizer.unk_id is not None:
+        unknown = np.bincount(np.repeat(np.arange(len(batch)), lengths)[ids == coder.tokenizer.unk_id], minlength=len(batch))
+    start = 0
+    for piece, end in zip(batch, ends.tolist(), strict=True):
         sides[piece.side].append((piece.order, piece.number, view[start * size : end * size]))
-        count = counts[piece.side]
-        for name, n in (("documents", 1), ("tokens", end - start), ("characters", piece.chars), ("bytes", len(piece.raw))):
-            count[name] += n
-        if unknown is not None:
-            count["unknown_tokens"] += int(unknown[first + length] - unknown[first])
-        first, start = first + length, end
-    return ids.astype(np.intp)
+        start = end
+    told = {"documents": np.ones(len(batch), np.int64), "tokens": lengths + ended, "characters": [piece.chars for piece in batch],
+            "bytes": [len(piece.raw) for piece in batch], "unknown_tokens": unknown}  # fmt: skip
+    for side, count in counts.items():
+        here = [piece.side == side for piece in batch]
+        for name, numbers in told.items():
+            count[name] += int(np.asarray(numbers)[here].sum())
+    return tokens
 
 
 def _save(outputs: Outputs, side: str, found: list[tuple[int, int, memoryview]], dtype: np.dtype) -> None:

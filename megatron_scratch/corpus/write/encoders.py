@@ -24,6 +24,7 @@ from megatron_scratch import registry
 from megatron_scratch.data.tokenizer import BYTE_LEVEL, SPACE, HFTokenizer, SentencePieceTokenizer, Tokenizer, load_tokenizer
 from megatron_scratch.util.errors import UserError
 
+HEAD = 512  # bytes of each document of the sample
 GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # what ByteLevel(use_regex=true) splits by
 
 
@@ -178,7 +179,8 @@ def choose(tokenizer: str, sample: Iterable[bytes], wanted: str = "auto") -> tup
     """The first encoder, in the registry's order, that loads and agrees with `native` on every text of the sample and on `probes`;
     and why others were passed over. Errors: `UserError` if `wanted` names one, and it does not."""
     given = load_tokenizer(tokenizer)
-    texts = [*sample, *(text.encode() for text in probes(given))]
+    heads = (raw[:HEAD].decode("utf-8", "ignore").encode() for raw in sample)  # many beginnings show more than a few whole texts
+    texts = [*heads, *(text.encode() for text in probes(given))]
     right = Native(given).encode(texts)
     passed: dict[str, str] = {}
     for name in registry.names("encoder") if wanted == "auto" else [wanted]:
