@@ -100,23 +100,37 @@ def table(title: str, megabytes: float, rows: dict[str, Callable[[], Cost | str]
     return lines
 
 
+def steps(out: Path, title: str) -> list[str]:
+    """Where our own time went, from the report of the last run in `out`."""
+    from megatron_scratch.corpus.report_page import read_report
+
+    told = read_report(out / "report.html")
+    if told is None:
+        return []
+    lines = ["", f"Of {title}:", "", "| step | MB in | CPU s | MB per CPU second |", "| --- | --- | --- | --- |"]
+    return lines + [f"| {s['label']} | {s['bytes_in'] / 1e6:.0f} | {s['cpu_seconds']:.2f} | "
+                    f"{s['bytes_in'] / 1e6 / max(s['cpu_seconds'], 1e-3):,.0f} |" for s in told["steps"]]  # fmt: skip
+
+
 def text_bytes(corpus: Path) -> int:
     return sum(len(json.loads(line)["text"].encode()) for path in sorted(corpus.glob("shard_*.jsonl")) for line in open(path, "rb"))
 
 
 def dedup(corpus: Path, work: Path, args: argparse.Namespace) -> list[str]:
-    rows = {name: ours("dedup", corpus, work / "ours", *more) for name, more in DEDUP.items()}
+    rows = {name: ours("dedup", corpus, work / f"ours{k}", *more) for k, (name, more) in enumerate(DEDUP.items())}
     for name in ("rensa", "datasketch", "datatrove_regex", *(["datatrove"] if args.slow else [])):
         rows[f"{name} 14 x 8, no check"] = peer(args.peers_python, name, corpus, work / name)
-    return table("Near-deduplication, whole process", text_bytes(corpus) / 1e6, rows, args.rounds)
+    lines = table("Near-deduplication, whole process, JSON lines to JSON lines", text_bytes(corpus) / 1e6, rows, args.rounds)
+    return lines + steps(work / "ours0", next(iter(DEDUP)))
 
 
 def tokens(corpus: Path, work: Path, args: argparse.Namespace) -> list[str]:
     path = tokenizer(corpus, work / "bpe")
-    rows = {f"megatron_scratch, {name}": ours("tokenize", corpus, work / "ours", f"corpus.tokenizer={path}", *more)
-            for name, more in ENCODERS.items()}  # fmt: skip
+    rows = {f"megatron_scratch, {name}": ours("tokenize", corpus, work / f"ours{k}", f"corpus.tokenizer={path}", *more)
+            for k, (name, more) in enumerate(ENCODERS.items())}  # fmt: skip
     rows["megatron-core IndexedDatasetBuilder, tokenizers"] = peer(args.peers_python, "megatron_core", corpus, work / "mcore", path)
-    return table("Text to .bin and .idx, 32,000 ids of byte-level BPE, whole process", text_bytes(corpus) / 1e6, rows, args.rounds)
+    title = "Text to .bin and .idx, 32,000 ids of byte-level BPE, whole process"
+    return table(title, text_bytes(corpus) / 1e6, rows, args.rounds) + steps(work / "ours0", "megatron_scratch, gigatoken")
 
 
 def scale(corpus: Path, work: Path, args: argparse.Namespace) -> list[str]:
