@@ -22,7 +22,7 @@ from megatron_scratch.config.corpus import CorpusConfig, MinHashSettings, dedup_
 from megatron_scratch.corpus import export, read
 from megatron_scratch.corpus.clean import build_cleaners, files_of
 from megatron_scratch.corpus.dedup import exact, minhash
-from megatron_scratch.corpus.dedup.removals import kept_mask
+from megatron_scratch.corpus.dedup.removals import kept_mask, removal_files
 from megatron_scratch.corpus.dedup.signatures import MinHash
 from megatron_scratch.corpus.sources import SourceFile
 from megatron_scratch.corpus.stages import STAGE, Done, Engine, Stage, execute, hash_of
@@ -60,7 +60,7 @@ class Graph:
         cleaners = build_cleaners(common["clean"], common["options"])
         done = self._run("read", "read:run", read.tasks(c, self.files), [common, files_of(cleaners)], **common)
         if not done.total("documents"):
-            raise UserError(f"corpus.input={c.input} gives no document ({_why(done)}); give text, or .jsonl with the field "
+            raise UserError(f"corpus.input={c.input} gives no document ({read.why(done)}); give text, or .jsonl with the field "
                             f"{c.text_key!r}")  # fmt: skip
         return done
 
@@ -78,7 +78,7 @@ class Graph:
     @cached_property
     def documents(self) -> Store:
         """All documents as they were read."""
-        return _store(self.read)
+        return Store.of_stage(self.read)
 
     # duplicates
 
@@ -108,14 +108,14 @@ class Graph:
     def signed(self) -> Done | None:
         if self._near is None:
             return None
-        common = {"store": self.documents.spec(), "removed": _removed(self.exact), "kind": asdict(self._kind)}
+        common = {"store": self.documents.spec(), "removed": removal_files(self.exact), "kind": asdict(self._kind)}
         key = [self.read, self.exact, asdict(self._kind)]
         if self.cfg.minhash.signatures:
             from megatron_scratch.corpus.dedup import datatrove
 
             tasks, told = datatrove.read_tasks(self.cfg.minhash.signatures, self.read, self.numbered, self._kind)
             return self._run("sign", "dedup.datatrove:read", tasks, [*key, told], **common, **told)
-        return self._run("sign", "dedup.minhash:sign", _each(self.documents), key, **common)
+        return self._run("sign", "dedup.minhash:sign", self.documents.tasks(), key, **common)
 
     @cached_property
     def numbered(self) -> Done:
@@ -132,7 +132,7 @@ class Graph:
         from megatron_scratch.corpus.dedup import datatrove_export
 
         tasks = datatrove_export.tasks(len(self.files), self.read, self.numbered)
-        common = {"store": self.documents.spec(), "signed": _stems(self.signed, "numbers.npy"), "copies": _removed(self.exact)}
+        common = {"store": self.documents.spec(), "signed": self.signed.stems, "copies": removal_files(self.exact)}
         key = [self.signed, self.exact]
         done = self._run("export", "dedup.datatrove_export:run", tasks, key, kind=asdict(self._kind), **common)
         datatrove_export.publish(done, self.cfg.minhash.export)
@@ -142,7 +142,7 @@ class Graph:
     def paired(self) -> Done | None:
         if self._near is None or self.signed is None:
             return None
-        common = {"store": self.documents.spec(), "signed": _stems(self.signed, "numbers.npy"), "partners": self._near.partners}
+        common = {"store": self.documents.spec(), "signed": self.signed.stems, "partners": self._near.partners}
         return self._run("pair", "dedup.minhash:pair", minhash.pair_tasks(self.signed, self._kind),
                          [self.signed, self._near.partners, self._rule], **common, **self._rule)  # fmt: skip
 
@@ -150,7 +150,7 @@ class Graph:
     def checked(self) -> Done | None:
         if self._near is None or self.signed is None or self.paired is None:
             return None
-        common = {"store": self.documents.spec(), "signed": _stems(self.signed, "numbers.npy"), "runs": minhash.runs(self.paired),
+        common = {"store": self.documents.spec(), "signed": self.signed.stems, "runs": minhash.runs(self.paired),
                   "kind": asdict(self._kind), "threshold": self._near.threshold}  # fmt: skip
         tasks = minhash.check_tasks(self.paired)
         return self._run("check", "dedup.minhash:check", tasks, [self.paired, self._near.threshold], **common)
@@ -159,7 +159,7 @@ class Graph:
     def star(self) -> Done | None:
         if self.checked is None:
             return None
-        stems = _stems(self.checked, "confirmed.npy")
+        stems = self.checked.stems
         return self._run("star", "dedup.minhash:star", [{"documents": self.documents.documents}], [self.checked], confirmed=stems)
 
     # repeated pieces
@@ -172,16 +172,16 @@ class Graph:
             return None
         from megatron_scratch.corpus.dedup import spans
 
-        common = {"store": self.documents.spec(), "removed": _removed(self.exact, self.star), "kind": c.spans}
-        found = self._run("span_hashes", "dedup.spans:hashes", _each(self.documents),
+        common = {"store": self.documents.spec(), "removed": removal_files(self.exact, self.star), "kind": c.spans}
+        found = self._run("span_hashes", "dedup.spans:hashes", self.documents.tasks(),
                           [self.read, self.exact, self.star, c.spans, c.span_chars], least=c.span_chars, **common)  # fmt: skip
         copied = self._run("span_copies", "dedup.spans:copies", spans.copy_tasks(found), [found], hashed=found.paths("pieces.npy"))
-        return self._run("spans", "dedup.spans:cut", _each(self.documents), [copied], copied=copied.paths("copies.npy"), **common)
+        return self._run("spans", "dedup.spans:cut", self.documents.tasks(), [copied], copied=copied.paths("copies.npy"), **common)
 
     @cached_property
     def text(self) -> Store:
         """The text that the later stages read."""
-        return self.documents if self.spans is None else _store(self.spans)
+        return self.documents if self.spans is None else Store.of_stage(self.spans)
 
     # contamination
 
@@ -200,8 +200,8 @@ class Graph:
         if found is None:
             return None
         key = [found, self.read, self.exact, self.star, self.spans]
-        return self._run("contaminated", "decontaminate:find", _each(self.text), key,
-                         store=self.text.spec(), removed=_removed(self.exact, self.star, self.spans),
+        return self._run("contaminated", "decontaminate:find", self.text.tasks(), key,
+                         store=self.text.spec(), removed=removal_files(self.exact, self.star, self.spans),
                          lengths=found.results[0]["lengths"], grams=found.path(0, ""))  # fmt: skip
 
     # what is left
@@ -209,7 +209,7 @@ class Graph:
     @cached_property
     def removed(self) -> list[str]:
         """Files of all removals."""
-        return _removed(self.exact, self.star, self.spans, self.contaminated)
+        return removal_files(self.exact, self.star, self.spans, self.contaminated)
 
     @cached_property
     def left_key(self) -> str:
@@ -255,12 +255,12 @@ class Graph:
     @cached_property
     def _removals(self) -> dict[str, list[str]]:
         stages = {listing.EXACT: self.exact, listing.NEAR: self.star, "nothing new": self.spans, "contaminated": self.contaminated}
-        return {why: _removed(done) for why, done in stages.items()}
+        return {why: removal_files(done) for why, done in stages.items()}
 
     @cached_property
     def counted(self) -> Done:
         """What each step removed of each shard, and what is left of it, for the report."""
-        return self._run("counted", "counts:run", _each(self.documents), [self.left_key], store=self.documents.spec(),
+        return self._run("counted", "counts:run", self.documents.tasks(), [self.left_key], store=self.documents.spec(),
                          text=self.text.spec(), removed=self._removals)  # fmt: skip
 
     @cached_property
@@ -282,37 +282,4 @@ class Graph:
         copies = None if self.copies is None else self.copies.path(0, "copies.npy")
         tasks = parts.tasks(encoded, side, split, dtype.itemsize)
         return self._run(f"parts_{side}", "write.parts:run", tasks, [encoded, self.copies], store=self.text.spec(),
-                         encoded=_stems(encoded, f"{side}.docs.npy", keep=side), dtype=dtype.str, copies=copies)  # fmt: skip
-
-
-def _each(store: Store) -> Tasks:
-    return [{"shard": s} for s in range(len(store.stems))]
-
-
-def _stems(done: Done, suffix: str, keep: str = "") -> list[str]:
-    """What a task's files have in common, up to `keep`."""
-    return [path.removesuffix(suffix) + keep if keep else path.removesuffix(f".{suffix}") for path in done.paths(suffix)]
-
-
-def _store(done: Done) -> Store:
-    shards = [(done.path(i, str(k)), count) for i, told in enumerate(done.results) for k, count in enumerate(told["shards"])]
-    return Store([stem for stem, _ in shards], [count for _, count in shards])
-
-
-def _removed(*stages: Done | None) -> list[str]:
-    """The removal files of some stages; a stage writes one per task, or as many runs as its result says."""
-    paths: list[str] = []
-    for done in stages:
-        for i, told in enumerate(done.results if done else ()):
-            assert done is not None
-            names = [f"{run}.removed.npy" for run in range(told["runs"])] if "runs" in told else ["removed.npy"]
-            paths += [done.path(i, name) for name in names]
-    return paths
-
-
-def _why(done: Done) -> str:
-    counts: dict[str, int] = {}
-    for told in done.results:
-        for reason, dropped in told["dropped"].items():
-            counts[reason] = counts.get(reason, 0) + dropped["count"]
-    return ", ".join(f"{n} {reason}" for reason, n in sorted(counts.items())) or "the files are empty"
+                         encoded=encoded.paths(side), dtype=dtype.str, copies=copies)  # fmt: skip

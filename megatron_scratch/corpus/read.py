@@ -15,7 +15,7 @@ from megatron_scratch.corpus.clean import Cleaner, Drop, build_cleaners
 from megatron_scratch.corpus.dedup.exact import sorted_hashes
 from megatron_scratch.corpus.formats import Bad, End, Keys, Record, reader_of, splits
 from megatron_scratch.corpus.sources import SourceFile
-from megatron_scratch.corpus.stages import Outputs, batches
+from megatron_scratch.corpus.stages import Done, Outputs, batches
 from megatron_scratch.corpus.store import ROW, ShardWriter
 from megatron_scratch.util.errors import UserError
 
@@ -97,6 +97,14 @@ def run(outputs: Outputs, ranges: list[dict[str, Any]], keys: list[Any], on_bad:
             "seen": sum(c["seen"] for c in sources.values()),
             "sources": {n: {k: c[k] for k in ("documents", "characters", "bytes")} for n, c in sources.items()},
             "lines": lines, "dropped": dropped.as_dict()}  # fmt: skip
+
+
+def why(read: Done) -> str:
+    """What was left out, in a line."""
+    counts: Counter[str] = Counter()
+    for told in read.results:
+        counts.update({reason: dropped["count"] for reason, dropped in told["dropped"].items()})
+    return ", ".join(f"{n} {reason}" for reason, n in sorted(counts.items())) or "the files are empty"
 
 
 def _take(record: Record | Bad, told: dict[str, Any], cleaners: list[tuple[str, Cleaner]], on_bad: str, shards: _Shards,

@@ -51,6 +51,11 @@ class Done:
     def path(self, index: int, suffix: str) -> str:
         return str(self.folder / f"{index:05d}.{suffix}")
 
+    @property
+    def stems(self) -> list[str]:
+        """What the paths of each task's files begin with."""
+        return [str(self.folder / f"{i:05d}") for i in range(len(self.results))]
+
     def paths(self, suffix: str) -> list[str]:
         return [self.path(i, suffix) for i in range(len(self.results))]
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_scratch.corpus.stages import Outputs
+from megatron_scratch.corpus.stages import Done, Outputs
 
 ROW = np.dtype([
     ("hash_high", "<u8"), ("hash_low", "<u8"),  # blake2b of the text, 16 bytes
@@ -93,6 +93,16 @@ class Store:
     @classmethod
     def of(cls, spec: dict[str, Any]) -> Store:
         return cls(spec["stems"], spec["counts"])
+
+    @classmethod
+    def of_stage(cls, done: Done) -> Store:
+        """The shards that the tasks of a stage wrote, as many as each result says."""
+        shards = [(done.path(i, str(k)), count) for i, told in enumerate(done.results) for k, count in enumerate(told["shards"])]
+        return cls([stem for stem, _ in shards], [count for _, count in shards])
+
+    def tasks(self) -> list[dict[str, Any]]:
+        """A task for each shard."""
+        return [{"shard": s} for s in range(len(self.stems))]
 
     def spec(self) -> dict[str, Any]:
         return {"stems": self.stems, "counts": self.counts}

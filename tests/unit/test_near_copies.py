@@ -11,11 +11,13 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from megatron_scratch.config.corpus import CorpusConfig, MinHashConfig
 from megatron_scratch.corpus import prepare
 from megatron_scratch.corpus.dedup import minhash
+from megatron_scratch.corpus.dedup.removals import find, kept_mask, removals
 from megatron_scratch.corpus.dedup.signatures import MinHash
 from megatron_scratch.corpus.stages import Outputs
 from megatron_scratch.corpus.store import ShardWriter, Store
@@ -165,10 +167,14 @@ def _many_shards(folder: Path, shards: int) -> None:
     checked = Outputs(folder / "check", 0)
     told = minhash.check(checked, store, stems, [str(pairs.path("0.pairs.npy"))], 0, (1 << 64) - 1, kind, 0.8)
     assert told["confirmed"] == shards - 1, told
+    for s in range(shards):
+        Outputs(folder / "gone", s).save("removed.npy", removals(np.array([s]), np.array([0]), 1.0))
+    gone = [str(Outputs(folder / "gone", s).path("removed.npy")) for s in range(shards)]
+    assert not kept_mask(gone, 0, shards).any() and len(find(gone, np.arange(shards))[0]) == shards
 
 
 def test_more_shards_than_files_that_may_be_open(tmp_path: Path) -> None:
-    for name in ("read", "sign", "pair", "check"):
+    for name in ("read", "sign", "pair", "check", "gone"):
         (tmp_path / name).mkdir()
     process = get_context("fork").Process(target=_many_shards, args=(tmp_path, 700))
     process.start()

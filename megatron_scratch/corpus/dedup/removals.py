@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from megatron_scratch.corpus.stages import Done
+
 NOBODY = np.iinfo(np.int64).min  # `kept` of a document that went in favour of none; -1 - f: of file f of the evaluation sets
 REMOVAL = np.dtype([("document", "<i8"), ("kept", "<i8"), ("similarity", "<f8")])
 
@@ -26,9 +28,19 @@ def read_range(paths: Sequence[str], low: int, high: int) -> np.ndarray:
     for path in paths:
         rows = np.load(path, mmap_mode="r")
         first, end = (bisect_left(rows["document"], number) for number in (low, high))  # searchsorted would copy the column
-        pieces.append(np.asarray(rows[first:end]))
+        pieces.append(np.array(rows[first:end]))  # a view would keep the file open
     found = np.concatenate(pieces)
     return found[np.argsort(found["document"], kind="stable")]
+
+
+def removal_files(*stages: Done | None) -> list[str]:
+    """The removal files of some stages; a stage writes one per task, or as many runs as its result says."""
+    paths: list[str] = []
+    for done in filter(None, stages):
+        for i, told in enumerate(done.results):
+            names = [f"{run}.removed.npy" for run in range(told["runs"])] if "runs" in told else ["removed.npy"]
+            paths += [done.path(i, name) for name in names]
+    return paths
 
 
 def find(paths: Sequence[str], documents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
