@@ -128,9 +128,14 @@ def check_corpus(c: CorpusConfig) -> None:
 
 def _check_unread(c: CorpusConfig) -> None:
     """Refuse a setting that nothing reads."""
-    readers = {"keep": ("corpus.dedup=none", dedup_name(c) != "none"), "span_chars": ("corpus.spans=none", c.spans != "none"),
-               "decontaminate_keys": ("no corpus.decontaminate", bool(c.decontaminate)),
-               "decontaminate_ngram": ("no corpus.decontaminate", bool(c.decontaminate))}  # fmt: skip
+    evaluated = ("no corpus.decontaminate", bool(c.decontaminate))
+    readers = {
+        "min_chars": ("corpus.clean without length", "length" in c.clean),
+        "keep": ("corpus.dedup=none", dedup_name(c) != "none"),
+        "span_chars": ("corpus.spans=none", c.spans != "none"),
+        "decontaminate_keys": evaluated,
+        "decontaminate_ngram": evaluated,
+    }
     plain = CorpusConfig()
     for name, (why, read) in readers.items():
         if not read and getattr(c, name) != getattr(plain, name):

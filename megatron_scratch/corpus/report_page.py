@@ -129,8 +129,7 @@ def _bars(rows: Sequence[tuple[str, float, str]], kind: str = "") -> str:
 
 def _track(*parts: tuple[str, float]) -> str:
     """A bar of (class, share of its width)."""
-    inner = "".join(f'<i class="{kind}" style="width:{100 * share:.2f}%"></i>' for kind, share in parts)
-    return f"<span class=track>{inner}</span>"
+    return "<span class=track>" + "".join(f'<i class="{k}" style="width:{100 * share:.2f}%"></i>' for k, share in parts) + "</span>"
 
 
 def _text(place: str, head: str) -> str:
@@ -243,9 +242,9 @@ def _range(a: int, b: int) -> str:
 def _lengths(r: dict[str, Any]) -> str:
     blocks = []
     for name, told in r["lengths"].items():
-        facts = f"median {_n(told['median'])}, mean {_n(told['mean'])}, longest {_n(told['longest'])}" if "median" in told else ""
+        facts = f"; median {_n(told['median'])}, mean {_n(told['mean'])}, longest {_n(told['longest'])}" if "median" in told else ""
         rows = [(_range(a, b), n, _n(n)) for a, b, n in told["bins"]]
-        blocks.append(f"<div><h3>{_e(name)}</h3><p class=muted>{_n(told['documents'])} documents; {facts}</p>{_bars(rows)}</div>")
+        blocks.append(f"<div><h3>{_e(name)}</h3><p class=muted>{_n(told['documents'])} documents{facts}</p>{_bars(rows)}</div>")
     return _section("Length of documents", "", "<div class=pair>" + "".join(blocks) + "</div>")
 
 

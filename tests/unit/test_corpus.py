@@ -332,6 +332,10 @@ def test_inspect(tmp_path: Path) -> None:
     ("changes", "words"),
     [
         ({"dedup": "none", "keep": "longest"}, "corpus.keep=longest is given and nothing reads it with corpus.dedup=none"),
+        (
+            {"clean": ["newlines"], "min_chars": 10},
+            "corpus.min_chars=10 is given and nothing reads it with corpus.clean without length",
+        ),
         ({"span_chars": 10}, "corpus.span_chars=10 is given and nothing reads it with corpus.spans=none"),
         ({"decontaminate_ngram": 8}, "nothing reads it with no corpus.decontaminate"),
         ({"decontaminate_keys": ["q"]}, "nothing reads it with no corpus.decontaminate"),
