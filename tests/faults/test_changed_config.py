@@ -36,6 +36,8 @@ FATAL = {
     "train.seq_len=16": "seq_len is 16",
     "optim=lion": "optim is 'lion'",
     "data.order=contiguous": "order is 'contiguous'",
+    "data.order=megatron data.megatron_samples=100 data.megatron_split='90,10'": "order is 'megatron'",
+    "data.consumed=4": "data is",
     "data.mask_documents=true": "mask_documents is True",
     "data.mask_eod=false": "mask_eod is False",
     "data.dir={other}": "data is",
