@@ -73,7 +73,7 @@ class Dropped:
 
 def run(outputs: Outputs, ranges: list[dict[str, Any]], keys: list[Any], on_bad: str, clean: list[str], options: dict[str, Any],
         max_bytes: int | None, shard: int) -> dict[str, Any]:  # fmt: skip
-    """Shards `K.text`, `K.ends.npy`, `K.rows.npy`, `K.hashes.npy`; `drops.jsonl`. Returns counts per shard, source and reason."""
+    """Shards `K.text`, `K.starts.npy`, `K.rows.npy`, `K.hashes.npy`; `drops.jsonl`. Returns counts per shard, source and reason."""
     cleaners = build_cleaners(clean, options)
     sources: dict[str, Counter[str]] = {}
     lines: list[int] = []

@@ -1,7 +1,7 @@
 """Text between stages: shards of documents, UTF-8 back to back, with a row of facts for each.
 
     NNNNN.K.text       the bytes
-    NNNNN.K.ends.npy   (D,) i64: where each document ends in them
+    NNNNN.K.starts.npy (D + 1,) i64: where each document starts in them, and where the last one ends
     NNNNN.K.rows.npy   (D,) of ROW: where it came from, what it is
 
 A document's number is its place in the order of the input, over all shards: shard s holds [base(s), base(s + 1)).
@@ -9,11 +9,12 @@ A document's number is its place in the order of the input, over all shards: sha
 
 from __future__ import annotations
 
+import os
+import weakref
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from itertools import accumulate
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,7 @@ ROW = np.dtype([
 ])  # fmt: skip
 
 
-OPEN = 128  # shards, of two maps each, that a process holds at once; a map costs a file descriptor, and 1,024 are usual
+OPEN = 32  # shards that a process holds at once; each costs three file descriptors, and 1,024 are usual
 
 
 class ShardWriter:
@@ -55,27 +56,32 @@ class ShardWriter:
     def __exit__(self, kind: Any, value: Any, trace: Any) -> None:
         self.opened.__exit__(kind, value, trace)
         if kind is None:
-            self.outputs.save(f"{self.number}.ends.npy", np.array(self.ends, dtype=np.int64))
+            self.outputs.save(f"{self.number}.starts.npy", np.array([0, *self.ends], dtype=np.int64))
             self.outputs.save(f"{self.number}.rows.npy", np.array(self.rows, dtype=ROW))
 
 
 class Shard:
-    """One shard, mapped. `text` (bytes,) u8; `starts` (D + 1,) i64; `rows` (D,) of ROW; document i of it is number base + i."""
+    """One shard. `starts` (D + 1,) i64; `rows` (D,) of ROW, both mapped; document i of it is number base + i. Texts are read, not
+    mapped: pages of a map would count as this process's memory for as long as it is open."""
 
     def __init__(self, stem: str, base: int):
-        self.stem, self.base = stem, base
-        ends = np.load(f"{stem}.ends.npy")
-        self.starts = np.concatenate([np.zeros(1, np.int64), ends])
-        self.rows = np.load(f"{stem}.rows.npy", mmap_mode="r").view(np.ndarray)  # a memmap's slices cost a microsecond each
-        size = Path(f"{stem}.text").stat().st_size
-        assert size == self.starts[-1], f"{stem}.text has {size} bytes, {self.starts[-1]} expected"
-        self.text = np.memmap(f"{stem}.text", np.uint8, "r").view(np.ndarray) if size else np.zeros(0, np.uint8)
+        self.path, self.base = f"{stem}.text", base
+        self.starts, self.rows = (np.load(f"{stem}.{name}.npy", mmap_mode="r").view(np.ndarray) for name in ("starts", "rows"))
+        self.file = os.open(self.path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self.file)
+        size = os.fstat(self.file).st_size
+        assert size == self.starts[-1], f"{self.path} has {size} bytes, {self.starts[-1]} expected"
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def raw(self, i: int) -> bytes:
-        return self.text[self.starts[i] : self.starts[i + 1]].tobytes()
+        start, end = self.starts[i : i + 2].tolist()
+        return os.pread(self.file, end - start, start)
+
+    def text(self) -> np.ndarray:
+        """(bytes,) u8: all of it, mapped while the array lives."""
+        return np.memmap(self.path, np.uint8, "r").view(np.ndarray) if self.starts[-1] else np.zeros(0, np.uint8)
 
     def texts(self, keep: np.ndarray | None = None) -> Iterator[tuple[int, str]]:
         """(number in the shard, text) of the documents that `keep` (D,) bool leaves."""
@@ -112,7 +118,8 @@ class Store:
         return self.bases[-1]
 
     def shard(self, s: int) -> Shard:
-        return _shard(self.stems[s], self.bases[s])
+        told = os.stat(f"{self.stems[s]}.text")
+        return _shard(self.stems[s], self.bases[s], (told.st_ino, told.st_mtime_ns))
 
     def find(self, number: int) -> tuple[Shard, int]:
         """(shard, number in it) of a document."""
@@ -121,11 +128,6 @@ class Store:
 
 
 @lru_cache(maxsize=OPEN)
-def _shard(stem: str, base: int) -> Shard:
+def _shard(stem: str, base: int, stamp: tuple[int, int]) -> Shard:
+    """A stage that is run again, for other settings, writes files of the same names."""
     return Shard(stem, base)
-
-
-@lru_cache(maxsize=2 * OPEN)
-def mapped(path: str) -> np.ndarray:
-    """An array of a file that does not change, for reading here and there in many: the least recently used are let go."""
-    return np.load(path, mmap_mode="r")

@@ -237,6 +237,19 @@ def test_other_settings_after_a_kill_start_the_stages_they_touch(tmp_path: Path,
     assert content(tmp_path / "a") == content(tmp_path / "b") and "tokenizer.model" not in content(tmp_path / "a")
 
 
+def test_other_text_after_a_kill_in_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing of the files that are gone is remembered."""
+    source = jsonl(tmp_path / "x.jsonl", 60)
+    with monkeypatch.context() as patch:
+        stop_after(patch, "encode")
+        with pytest.raises(KeyboardInterrupt):
+            prepare(config(source, tmp_path / "a", tokenizer="byte"))
+    source.write_text(source.read_text().replace("quick", "kciuq").replace("lazy", "yzal"))
+    for name in ("a", "b"):
+        prepare(config(source, tmp_path / name, tokenizer="byte"))
+    assert content(tmp_path / "a") == content(tmp_path / "b") and any("kciuq" in text for text in decoded(tmp_path / "a", "train"))
+
+
 def test_tail_split_of_one_text_is_nanogpts(tmp_path: Path) -> None:
     text = "".join(sentence(i) for i in range(50))
     (tmp_path / "x.txt").write_text(text)

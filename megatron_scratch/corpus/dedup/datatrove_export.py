@@ -13,7 +13,7 @@ from megatron_scratch.corpus.dedup.datatrove import match, places, record, shard
 from megatron_scratch.corpus.dedup.removals import read_range
 from megatron_scratch.corpus.dedup.signatures import MinHash
 from megatron_scratch.corpus.stages import Done, Outputs
-from megatron_scratch.corpus.store import Store, mapped
+from megatron_scratch.corpus.store import Store
 
 
 def tasks(files: int, read: Done, numbered: Done) -> list[dict[str, Any]]:
@@ -67,10 +67,10 @@ class _Table:
     """The signatures of all shards, by document number."""
 
     def __init__(self, stems: list[str]):
-        firsts = [(stem, mapped(f"{stem}.numbers.npy")[:1].tolist()) for stem in stems]
+        firsts = [(stem, np.load(f"{stem}.numbers.npy", mmap_mode="r")[:1].tolist()) for stem in stems]
         self.stems = [stem for stem, first in firsts if first]
         self.first = np.array([first[0] for _, first in firsts if first])
-        self.width = mapped(f"{stems[0]}.signatures.npy").shape[1]
+        self.width = np.load(f"{stems[0]}.signatures.npy", mmap_mode="r").shape[1]
 
     def rows(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """((n, K) u32, (n,) i64): the signatures of those of `numbers` that have one, and which these are."""
@@ -78,8 +78,8 @@ class _Table:
         out, have = np.empty((len(numbers), self.width), np.uint32), np.zeros(len(numbers), bool)
         for s in np.unique(shard[shard >= 0]):
             here = np.flatnonzero(shard == s)
-            at, hit = match(mapped(f"{self.stems[s]}.numbers.npy"), numbers[here])
-            out[here[hit]] = mapped(f"{self.stems[s]}.signatures.npy")[at[hit]]
+            at, hit = match(np.load(f"{self.stems[s]}.numbers.npy", mmap_mode="r"), numbers[here])
+            out[here[hit]] = np.load(f"{self.stems[s]}.signatures.npy", mmap_mode="r")[at[hit]]
             have[here[hit]] = True
         return out[have], np.flatnonzero(have)
 

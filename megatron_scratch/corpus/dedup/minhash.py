@@ -21,12 +21,12 @@ from megatron_scratch.corpus.dedup.removals import kept_mask, removals
 from megatron_scratch.corpus.dedup.signatures import PLACE_BITS, MinHash, band_keys, comparer, compiled, least_agreement, signatures
 from megatron_scratch.corpus.dedup.words import U64
 from megatron_scratch.corpus.stages import Done, Outputs
-from megatron_scratch.corpus.store import Store, mapped
+from megatron_scratch.corpus.store import Store
 
 KEYS = 1 << 22  # band keys per task of `pair`: 100 MB
 PAIRS = 1 << 21  # candidate pairs per task of `check`
 RUN = 1 << 23  # pairs held before they are written as one sorted run
-CHUNK = 1 << 15  # pairs whose signatures are compared at once: 30 MB
+CHUNK = 1 << 16  # pairs whose signatures are compared at once: 60 MB
 CACHE = 1 << 13  # documents whose shingles are remembered while comparing: 40 MB for web pages
 PLACE = U64((1 << PLACE_BITS) - 1)
 
@@ -41,7 +41,7 @@ def sign(outputs: Outputs, store: dict[str, Any], shard: int, removed: list[str]
     """
     part, minhash = Store.of(store).shard(shard), MinHash(**kind)
     keep = kept_mask(removed, part.base, part.base + len(part))
-    found, counts = signatures(part.text, part.starts, minhash)  # of the copies, too: fewer than it costs to leave them out
+    found, counts = signatures(part.text(), part.starts, minhash)  # of the copies, too: fewer than it costs to leave them out
     signed = keep & (counts > 0)
     found, numbers = found[signed], np.flatnonzero(signed) + part.base
     assert len(numbers) <= PLACE, "more documents in a shard than PLACE_BITS can number"
@@ -186,7 +186,7 @@ class _Signatures:
     """The signatures of all shards, by document number."""
 
     def __init__(self, stems: list[str]):
-        firsts = [(stem, mapped(f"{stem}.numbers.npy")[:1].tolist()) for stem in stems]
+        firsts = [(stem, np.load(f"{stem}.numbers.npy", mmap_mode="r")[:1].tolist()) for stem in stems]
         self.stems = [stem for stem, first in firsts if first]
         self.first = np.array([first[0] for _, first in firsts if first])
 
@@ -194,8 +194,8 @@ class _Signatures:
         shards = np.searchsorted(self.first, numbers, side="right") - 1
         pieces = [np.empty((0, 0), np.uint32)]
         for s in np.unique(shards):  # `numbers` are sorted: each shard's stand together
-            at = np.searchsorted(mapped(f"{self.stems[s]}.numbers.npy"), numbers[shards == s])
-            pieces.append(mapped(f"{self.stems[s]}.signatures.npy")[at])
+            at = np.searchsorted(np.load(f"{self.stems[s]}.numbers.npy", mmap_mode="r"), numbers[shards == s])
+            pieces.append(np.load(f"{self.stems[s]}.signatures.npy", mmap_mode="r")[at])
         return np.concatenate(pieces[len(pieces) > 1 :])
 
     def agreement(self, one: np.ndarray, other: np.ndarray) -> np.ndarray:
