@@ -90,6 +90,11 @@ def test_no_module_level_mutable_state(path: Path) -> None:
     assert not [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Global)]
 
 
+def test_every_folder_is_packaged() -> None:
+    """A folder without __init__.py works in a checkout, and is not in the wheel."""
+    assert not [str(path) for path in {p.parent for p in files()} if not (path / "__init__.py").is_file()]
+
+
 def test_no_import_cycles() -> None:
     graph = {}
     for path in files():
