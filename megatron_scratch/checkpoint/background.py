@@ -10,7 +10,6 @@ import json
 import mmap
 import os
 import select
-import subprocess
 import sys
 import tempfile
 from contextlib import suppress
@@ -19,7 +18,7 @@ from typing import Any
 
 from megatron_scratch.checkpoint.manifest import CorruptCheckpoint, File, verify_files
 from megatron_scratch.checkpoint.shard import write_file
-from megatron_scratch.util.machine import outlive_signals
+from megatron_scratch.util.machine import outlive_signals, start_helper
 
 
 def do(job: dict[str, Any], memory: mmap.mmap | None) -> dict[str, Any]:
@@ -50,7 +49,7 @@ class Background:
         self.memory: mmap.mmap | None = None
         self.busy = False
         command = [sys.executable, "-m", __name__, str(self.fd)]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=(self.fd,))
+        self.process = start_helper(command, pass_fds=(self.fd,))
 
     def room(self, size: int) -> mmap.mmap:
         """At least `size` bytes; what they held is lost when it has to grow."""

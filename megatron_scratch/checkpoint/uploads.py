@@ -15,6 +15,7 @@ from megatron_scratch.checkpoint.attempt import Attempt
 from megatron_scratch.checkpoint.manifest import step_folder
 from megatron_scratch.config.train import CheckpointConfig
 from megatron_scratch.util.errors import RunFailed
+from megatron_scratch.util.machine import start_helper
 
 STALL = 600.0  # seconds without a sign that end the waiting; a sign is 4 MiB read back, or a file (up to 512 MiB) sent
 POLL = 1.0
@@ -112,7 +113,7 @@ class Uploads:
         if self.process is None:
             line = [sys.executable, "-m", "megatron_scratch.checkpoint.uploader", self.cfg.remote, self.attempt.root,
                     self.attempt.number, self.cfg.keep_last, self.cfg.keep_every]  # fmt: skip
-            self.process = subprocess.Popen([str(word) for word in line], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
+            self.process = start_helper([str(word) for word in line], bufsize=0)
         assert self.process.stdin is not None
         self.heard = time.monotonic()
         try:

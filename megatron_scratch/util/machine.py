@@ -11,6 +11,7 @@ import subprocess
 import sys
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 
 @cache
@@ -51,6 +52,18 @@ def die_with_parent() -> None:
             os.kill(os.getpid(), signal.SIGTERM)
 
 
+SIGNALS = (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM)  # what a terminal and a scheduler send to all processes of a job
+
+
+def start_helper(command: list[str], **given: Any) -> subprocess.Popen[Any]:
+    """Start a process that calls `outlive_signals`. Signals wait until it has: one that came while it imports would end it."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # inherited
+    try:
+        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, **given)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def outlive_signals() -> None:
     """For a process that works for a rank: only the rank's death ends it.
 
@@ -61,3 +74,4 @@ def outlive_signals() -> None:
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     die_with_parent()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)

@@ -165,11 +165,13 @@ def test_large_states_are_cut_into_files() -> None:
     assert [len(slots) for slots in plan.files.values()] == [3, 3, 1]
 
 
-def test_signals_of_a_scheduler_do_not_end_it(tmp_path: Path) -> None:
-    """They go to all processes of a job; the rank is about to save."""
+@pytest.mark.parametrize("up", [False, True])
+def test_signals_of_a_scheduler_do_not_end_it(up: bool, tmp_path: Path) -> None:
+    """They go to all processes of a job, in their first moment too; the rank is about to save."""
     background = Background()
-    background.submit({"write": str(tmp_path), "files": {}})
-    assert background.answer() == {"files": {}}  # it is up, and has set its handlers
+    if up:
+        background.submit({"write": str(tmp_path), "files": {}})
+        assert background.answer() == {"files": {}}  # it has set its handlers
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         background.process.send_signal(number)
     background.room(64)[:3] = b"abc"

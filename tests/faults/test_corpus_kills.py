@@ -17,6 +17,7 @@ from prepared import Watched, all_end, content, make_corpus
 
 from megatron_scratch.config.corpus import CorpusConfig
 from megatron_scratch.corpus import pipeline
+from megatron_scratch.corpus.engines.local import _Worker
 from megatron_scratch.util.errors import UserError
 
 CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir")  # audit events of the interpreter, besides opening to write
@@ -170,6 +171,14 @@ def test_asked_to_end(number: int, workers: int, larger: tuple[list[str], dict[s
     assert said == f"stopped: {name}; what is finished is kept, the same command goes on where this one stopped\n"
     assert prepared.prepare(tmp_path / "out", *words).returncode == 0
     assert content(tmp_path / "out") == wanted
+
+
+def test_a_signal_to_a_worker_that_has_only_begun() -> None:
+    worker = _Worker()
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM):
+        worker.process.send_signal(number)
+    assert "No such file" in worker._ask("/nowhere", 0)["error"], "it lives, and answers"
+    worker.end()
 
 
 def test_a_signal_to_all_processes_of_a_job(larger: tuple[list[str], dict[str, str]], tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -17,7 +16,7 @@ from megatron_scratch.config.launcher import LauncherConfig
 from megatron_scratch.corpus.stages import run_task
 from megatron_scratch.util import env
 from megatron_scratch.util.errors import RunFailed, UserError
-from megatron_scratch.util.machine import cores
+from megatron_scratch.util.machine import cores, start_helper
 
 
 class Local:
@@ -66,9 +65,8 @@ class _Worker:
     """A process that runs tasks one at a time. It is in no terminal's group: Ctrl-C is ours to hear."""
 
     def __init__(self) -> None:
-        self.process = subprocess.Popen([sys.executable, "-m", "megatron_scratch.corpus.work"], env=env.everything(),
-                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-                                        start_new_session=True)  # fmt: skip
+        command = [sys.executable, "-m", "megatron_scratch.corpus.work"]
+        self.process = start_helper(command, env=env.everything(), text=True, start_new_session=True)
 
     def work(self, folder: str, left: Queue[int], done: Queue[tuple[int, dict[str, Any]]]) -> None:
         """Until no task is left, one fails, or the process dies."""
