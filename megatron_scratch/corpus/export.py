@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 FOLDER = "documents"
 FILE = 1 << 28  # bytes of text in a file: cut by documents, so that no number of workers or shards changes it
-LEVEL = {"zst": 3, "gz": 6}  # each library's own default
+LEVEL = {"zst": 1, "gz": 6}  # zstd at 3, its default, makes prose 14 % smaller and takes 1.6 times as long; gzip's default
 
 
 def suffix() -> str:
@@ -63,11 +63,14 @@ def run(outputs: Outputs, store: dict[str, Any], removed: list[str], first: int,
             if low >= high:
                 continue
             part = shards.shard(s)
-            for i in (np.flatnonzero(kept_mask(removed, low, high)) + low - base).tolist():
-                raw, row = part.raw(i), part.rows[i]
-                f.write(packer.compress(_line(raw, row, sources)))
-                for name, n in (("documents", 1), ("characters", int(row["chars"])), ("bytes", len(raw))):
-                    counts[name] += n
+            left = np.flatnonzero(kept_mask(removed, low, high)) + low - base
+            rows = np.array(part.rows[low - base : high - base])[left - (low - base)]
+            columns = (rows[name].tolist() for name in ("source", "place", "id"))
+            for i, source, place, name in zip(left.tolist(), *columns, strict=True):
+                f.write(packer.compress(_line(part.raw(i), sources[source], place, name)))
+            counts["documents"] += len(left)
+            counts["characters"] += int(rows["chars"].sum(dtype=np.int64))
+            counts["bytes"] += int(np.diff(part.starts)[left].sum())
         f.write(packer.flush())
     size, sha256 = outputs.files[outputs.path(f"jsonl.{suffix}").name]
     return {**counts, "size": size, "sha256": sha256}
@@ -82,10 +85,10 @@ def _packer(suffix: str) -> Any:
     return zstandard.ZstdCompressor(level=LEVEL["zst"], write_checksum=True).compressobj()
 
 
-def _line(raw: bytes, row: Any, sources: list[str]) -> bytes:
-    told: dict[str, Any] = {"text": raw.decode("utf-8"), "source": sources[int(row["source"])], "place": int(row["place"])}
-    if row["id"]:
-        told["id"] = f"{int(row['id']):016x}"
+def _line(raw: bytes, source: str, place: int, name: int) -> bytes:
+    told: dict[str, Any] = {"text": raw.decode("utf-8"), "source": source, "place": place}
+    if name:
+        told["id"] = f"{name:016x}"
     return _dumps()(told) + b"\n"
 
 

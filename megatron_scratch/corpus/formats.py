@@ -127,12 +127,17 @@ def _record(raw: bytes, place: int, line: int, keys: Keys) -> Record | Bad:
         return Bad("not JSON", place, line, raw[:200])
     if not isinstance(value, dict) or keys.text not in value:
         return Bad(f"no field {keys.text!r}", place, line, raw[:200])
-    if raw.count(json.dumps(keys.text).encode()) > 1 and _twice(raw, keys.text):
+    if raw.count(_quoted(keys.text)) > 1 and _twice(raw, keys.text):
         return Bad(f"field {keys.text!r} is there twice", place, line, raw[:200])
     found = field(value[keys.text], value.get(keys.id), place, line, keys)
     if not sure and isinstance(found, Record) and not _is_text(found.text):
         return Bad("not UTF-8", place, line, raw[:200])
     return found
+
+
+@cache
+def _quoted(key: str) -> bytes:
+    return json.dumps(key).encode()
 
 
 @cache

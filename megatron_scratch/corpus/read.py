@@ -141,8 +141,9 @@ def _take(record: Record | Bad, told: dict[str, Any], cleaners: list[tuple[str, 
         text = raw[: max_bytes - shards.bytes].decode("utf-8", "ignore")
         raw = text.encode("utf-8")
     shards.add(raw, len(text), told["file"], record)
-    for name, n in (("documents", 1), ("characters", len(text)), ("bytes", len(raw))):
-        count[name] += n
+    count["documents"] += 1
+    count["characters"] += len(text)
+    count["bytes"] += len(raw)
 
 
 def _exact_place(told: dict[str, Any], record: Bad) -> str:

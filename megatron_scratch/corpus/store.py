@@ -95,6 +95,7 @@ class Store:
     def __init__(self, stems: Sequence[str], counts: Sequence[int]):
         self.stems, self.counts = list(stems), list(counts)
         self.bases = [0, *accumulate(self.counts)]
+        self._stamps: dict[int, tuple[int, int]] = {}
 
     @classmethod
     def of(cls, spec: dict[str, Any]) -> Store:
@@ -118,8 +119,11 @@ class Store:
         return self.bases[-1]
 
     def shard(self, s: int) -> Shard:
-        told = os.stat(f"{self.stems[s]}.text")
-        return _shard(self.stems[s], self.bases[s], (told.st_ino, told.st_mtime_ns))
+        """A stage that is run again, for other settings, writes other files of the same names, and has another store."""
+        if s not in self._stamps:
+            told = os.stat(f"{self.stems[s]}.text")
+            self._stamps[s] = told.st_ino, told.st_mtime_ns
+        return _shard(self.stems[s], self.bases[s], self._stamps[s])
 
     def find(self, number: int) -> tuple[Shard, int]:
         """(shard, number in it) of a document."""
@@ -129,5 +133,4 @@ class Store:
 
 @lru_cache(maxsize=OPEN)
 def _shard(stem: str, base: int, stamp: tuple[int, int]) -> Shard:
-    """A stage that is run again, for other settings, writes files of the same names."""
     return Shard(stem, base)

@@ -12,7 +12,6 @@ import pytest
 from megatron_scratch.corpus.dedup import minhash, order
 from megatron_scratch.corpus.dedup.removals import kept_mask, read_range, removals
 from megatron_scratch.corpus.dedup.signatures import (
-    AWKWARD,
     EMPTY,
     MinHash,
     band_keys,
@@ -21,7 +20,7 @@ from megatron_scratch.corpus.dedup.signatures import (
     least_agreement,
     signatures,
 )
-from megatron_scratch.corpus.dedup.words import C, P, shingle_hashes, tables, word_hashes
+from megatron_scratch.corpus.dedup.words import AWKWARD, C, P, shingle_hashes, tables, word_hashes
 from megatron_scratch.corpus.stages import Outputs
 
 KIND = MinHash(28, 4, 5, 1)

@@ -1,20 +1,29 @@
 """The same as `words.py` and `signatures.py`, compiled by numba (an optional package) the first time it runs on a machine.
 
-Texts come as UTF-8 in one array, document i at [starts[i], starts[i + 1]). The two tables are those of `words.tables`.
+Texts come as UTF-8 in one array, document i at [starts[i], starts[i + 1]). `ascii` and `letters` are those of `words.folded`.
+Types are given, so that an array of another type is an error and not a compilation.
 """
 
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
+from numba import f8, i8, njit, types, u1, u4, u8, void
 
+from megatron_scratch.corpus.dedup.words import ASK, AWAY
 from megatron_scratch.corpus.dedup.words import C as C_INT
 from megatron_scratch.corpus.dedup.words import P as P_INT
 
 P, C = np.uint64(P_INT), np.uint64(C_INT)
 FIRST, SECOND = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
-S27, S30, S31, S32, ONE = np.uint64(27), np.uint64(30), np.uint64(31), np.uint64(32), np.uint64(1)
-ZERO = np.uint64(0)
+S27, S30, S31, S32, ZERO = np.uint64(27), np.uint64(30), np.uint64(31), np.uint64(32), np.uint64(0)
+
+
+def _read(kind: types.Type) -> types.Type:
+    """A vector that may not be written to."""
+    return types.Array(kind, 1, "C", readonly=True)
+
+
+TEXT, TABLES = _read(u1), (_read(u1), _read(u4))
 
 
 @njit(inline="always")
@@ -24,35 +33,37 @@ def _mix(x):
     return x ^ (x >> S31)
 
 
-@njit(cache=True)
-def _shingles(text, begin, end, n, power, is_word, lower, ring, out):
-    """Hashes of the shingles of text[begin:end] to `out`; returns their number. `power` is C^n; `ring` (n,) is scratch."""
-    words, count, slot = 0, 0, 0
-    word, total, inside = ZERO, ZERO, False
-    i = begin
-    while i <= end:
-        c = np.uint32(0)
-        step = 1
-        if i < end:
-            b = np.uint32(text[i])
-            if b < 128:
-                c = b
-            elif b < 224:
-                c = (b & 31) << 6 | np.uint32(text[i + 1]) & 63
-                step = 2
-            elif b < 240:
-                c = (b & 15) << 12 | (np.uint32(text[i + 1]) & 63) << 6 | np.uint32(text[i + 2]) & 63
-                step = 3
-            else:
-                c = ((b & 7) << 18 | (np.uint32(text[i + 1]) & 63) << 12 | (np.uint32(text[i + 2]) & 63) << 6
-                     | np.uint32(text[i + 3]) & 63)  # fmt: skip
-                step = 4
-        i += step
-        low = lower[c]
-        if is_word[low]:
+@njit
+def _shingles(text, begin, end, n, power, ascii, letters, ring, out):
+    """Hashes of the shingles of text[begin:end] to `out`; returns their number, or -1 for a text that only Python can lower.
+    `power` is C^n; `ring` (n,) is scratch."""
+    words, count, slot, step, i = 0, 0, 0, 1, begin
+    total = ZERO
+    while i < end:
+        word, start = ZERO, i
+        while i < end:  # a word
+            step = 1
+            low = np.uint32(ascii[text[i]])
+            if low == AWAY:
+                b = np.uint32(text[i])
+                if b < 224:
+                    c = (b & 31) << 6 | np.uint32(text[i + 1]) & 63
+                    step = 2
+                elif b < 240:
+                    c = (b & 15) << 12 | (np.uint32(text[i + 1]) & 63) << 6 | np.uint32(text[i + 2]) & 63
+                    step = 3
+                else:
+                    c = ((b & 7) << 18 | (np.uint32(text[i + 1]) & 63) << 12 | (np.uint32(text[i + 2]) & 63) << 6
+                         | np.uint32(text[i + 3]) & 63)  # fmt: skip
+                    step = 4
+                low = letters[c]
+                if low == ASK:
+                    return -1
+            if low == 0:
+                break
             word = word * P + np.uint64(low)
-            inside = True
-        elif inside:
+            i += step
+        if i > start:
             hashed = _mix(word)
             total = total * C + hashed
             if words >= n:
@@ -63,11 +74,11 @@ def _shingles(text, begin, end, n, power, is_word, lower, ring, out):
             if words >= n:
                 out[count] = _mix(total)
                 count += 1
-            word, inside = ZERO, False
+        i += step  # what ended it, or beyond the end
     return count
 
 
-@njit(cache=True)
+@njit
 def _minima(hashes, count, a, b, row):
     """row[j] = min over x of (a[j] x + b[j]) mod 2^32, x the upper half of each hash; four at a time, so that row stays in L1."""
     k = len(a)
@@ -87,34 +98,25 @@ def _minima(hashes, count, a, b, row):
         i += 1
 
 
-@njit(cache=True)
-def signatures(text, starts, n, power, is_word, lower, a, b, out, counts):
-    """`out` (D, K) u32, filled with 2^32 - 1 before; `counts` (D,) i64: shingles of each document."""
+@njit(void(TEXT, _read(i8), i8, u8, *TABLES, _read(u4), _read(u4), u4[:, ::1], i8[::1]), cache=True)
+def signatures(text, starts, n, power, ascii, letters, a, b, out, counts):
+    """`out` (D, K) u32, filled with 2^32 - 1 before; `counts` (D,) i64: shingles of each document, -1 if Python has to lower it."""
     longest = 1
     for d in range(len(starts) - 1):
         longest = max(longest, starts[d + 1] - starts[d])
     hashes, ring = np.empty(longest // 2 + 1, np.uint64), np.empty(n, np.uint64)
     for d in range(len(starts) - 1):
-        counts[d] = _shingles(text, starts[d], starts[d + 1], n, power, is_word, lower, ring, hashes)
+        counts[d] = _shingles(text, starts[d], starts[d + 1], n, power, ascii, letters, ring, hashes)
         _minima(hashes, counts[d], a, b, out[d])
 
 
-@njit(cache=True)
-def shingle_set(text, n, power, is_word, lower):
-    """The hashes of the different shingles of one text, sorted."""
-    out = np.empty(len(text) // 2 + 1, np.uint64)
-    count = _shingles(text, 0, len(text), n, power, is_word, lower, np.empty(n, np.uint64), out)
-    found = out[:count]
-    found.sort()
-    different = 0
-    for i in range(count):
-        if i == 0 or found[i] != found[different - 1]:
-            found[different] = found[i]
-            different += 1
-    return found[:different].copy()
+@njit(i8(TEXT, i8, u8, *TABLES, u8[::1]), cache=True)
+def shingles(text, n, power, ascii, letters, out):
+    """The hashes of one text's shingles to `out`; returns their number, -1 if Python has to lower it."""
+    return _shingles(text, 0, len(text), n, power, ascii, letters, np.empty(n, np.uint64), out)
 
 
-@njit(cache=True)
+@njit(f8(_read(u8), _read(u8)), cache=True)
 def jaccard(a, b):
     """`words.jaccard`."""
     i = j = both = 0
@@ -131,7 +133,7 @@ def jaccard(a, b):
     return both / whole if whole else 0.0
 
 
-@njit(cache=True)
+@njit(i8(_read(i8), _read(i8), _read(f8), u1[::1], i8[::1], i8[::1], f8[::1]), cache=True)
 def star(later, earlier, similarity, gone, document, kept, how):
     """`minhash.star` over one block of pairs sorted by `later`; fills the last three, returns their number."""
     count = i = 0

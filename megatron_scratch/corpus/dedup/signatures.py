@@ -14,12 +14,11 @@ from importlib.util import find_spec
 
 import numpy as np
 
-from megatron_scratch.corpus.dedup.words import AWKWARD, U64, C, jaccard, mix, shingle_hashes, tables
+from megatron_scratch.corpus.dedup.words import U64, C, different, folded, jaccard, mix, shingle_hashes
 
 EMPTY = 0xFFFFFFFF  # in a signature without shingles
 KEY_BITS = 40  # of a band's key; the place in the shard takes the other 24 bits of a word that sorts fast
 PLACE_BITS = 64 - KEY_BITS
-_MARKS = [letter.encode() for letter in AWKWARD]
 BLOCK = 1 << 15  # shingles per pass of the numpy twin: 128 KiB, which stay in L2
 
 
@@ -65,24 +64,19 @@ def _compiled(text: np.ndarray, starts: np.ndarray, kind: MinHash, out: np.ndarr
     """The compiled loop lowers letter by letter; texts with a letter of `AWKWARD` are lowered by Python, and done again."""
     from megatron_scratch.corpus.dedup import kernel
 
-    settings = (kind.ngram, U64(pow(C, kind.ngram, 1 << 64)), *tables(), *kind.multipliers())
+    settings = (kind.ngram, U64(pow(C, kind.ngram, 1 << 64)), *folded(), *kind.multipliers())
     kernel.signatures(text, starts, *settings, out, counts)
-    again = _awkward_texts(text, starts)
+    again = np.flatnonzero(counts < 0)
     if len(again):
-        lowered = [text[starts[i] : starts[i + 1]].tobytes().decode("utf-8").lower().encode() for i in again]
+        lowered = [_lowered(text[starts[i] : starts[i + 1]].tobytes()) for i in again]
         ends = np.cumsum([0, *map(len, lowered)], dtype=np.int64)
         found, number = np.full((len(again), kind.size), EMPTY, np.uint32), np.zeros(len(again), np.int64)
         kernel.signatures(np.frombuffer(b"".join(lowered), np.uint8), ends, *settings, found, number)
         out[again], counts[again] = found, number
 
 
-def _awkward_texts(text: np.ndarray, starts: np.ndarray) -> np.ndarray:
-    """Which texts have a letter of `AWKWARD`."""
-    found = [np.empty(0, np.int64)]
-    for first, second in _MARKS:
-        at = np.flatnonzero(text[:-1] == first)
-        found.append(at[text[at + 1] == second])
-    return np.unique(np.searchsorted(starts, np.concatenate(found), side="right") - 1)
+def _lowered(raw: bytes) -> bytes:
+    return raw.decode("utf-8").lower().encode()
 
 
 def _numpy(text: np.ndarray, starts: np.ndarray, kind: MinHash, out: np.ndarray, counts: np.ndarray) -> None:
@@ -97,24 +91,19 @@ def _numpy(text: np.ndarray, starts: np.ndarray, kind: MinHash, out: np.ndarray,
                 out[d, j] = min(out[d, j], (block * a[j] + b[j]).min())
 
 
-def _awkward(raw: bytes) -> bool:
-    """Whether there is a letter of `AWKWARD`. Its first byte is looked for alone first, which is fast."""
-    return any(mark[:1] in raw and mark in raw for mark in _MARKS)
-
-
 @cache
 def comparer(ngram: int, fast: bool | None = None) -> tuple[Callable[[bytes], np.ndarray], Callable[..., float]]:
     """(UTF-8 text -> (n,) u64, the hashes of its different shingles, sorted; two of these -> their Jaccard similarity)."""
     if not (compiled() if fast is None else fast):
-        return lambda raw: np.unique(shingle_hashes(raw.decode("utf-8"), ngram)), jaccard
+        return lambda raw: different(shingle_hashes(raw.decode("utf-8"), ngram)), jaccard
     from megatron_scratch.corpus.dedup import kernel
 
-    power, letters = U64(pow(C, ngram, 1 << 64)), tables()
+    settings = (ngram, U64(pow(C, ngram, 1 << 64)), *folded())
 
     def shingles(raw: bytes) -> np.ndarray:
-        if _awkward(raw):
-            raw = raw.decode("utf-8").lower().encode()
-        return kernel.shingle_set(np.frombuffer(raw, np.uint8), ngram, power, *letters)
+        found = np.empty(len(raw) // 2 + 1, U64)
+        count = kernel.shingles(np.frombuffer(raw, np.uint8), *settings, found)
+        return different(found[:count]) if count >= 0 else shingles(_lowered(raw))
 
     return shingles, kernel.jaccard
 

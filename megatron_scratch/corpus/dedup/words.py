@@ -17,6 +17,7 @@ C = 0xD6E8FEB86659FD93
 U64 = np.uint64
 INVERSE = pow(P, -1, 1 << 64)
 AWKWARD = "\u0130\u03a3"  # lowered to two code points, and by what stands around: only `str.lower` knows
+ASK, AWAY = 0xFFFFFFFF, 0xFF  # in `folded`: it is one of these; this byte is no ASCII
 
 
 def mix(x: np.ndarray) -> np.ndarray:
@@ -37,6 +38,15 @@ def tables() -> tuple[np.ndarray, np.ndarray]:
     lower = np.frombuffer(lowered.encode("utf-32-le", "surrogatepass"), np.uint32).copy()
     assert len(lower) == len(is_word)
     return is_word, lower
+
+
+@cache
+def folded() -> tuple[np.ndarray, np.ndarray]:
+    """`tables` as one: (256,) u8 by byte, and (0x110000,) u32 by code point: its lower case, 0 where that is no part of a word."""
+    is_word, lower = tables()
+    letters = np.where(is_word[lower], lower, 0).astype(np.uint32)
+    letters[[ord(letter) for letter in AWKWARD]] = ASK
+    return np.where(np.arange(256) < 128, letters[:256], AWAY).astype(np.uint8), letters
 
 
 @cache
@@ -72,6 +82,12 @@ def shingle_hashes(text: str, n: int) -> np.ndarray:
     for k in range(n):
         total = total * U64(C) + words[k : k + count]
     return mix(total)
+
+
+def different(hashes: np.ndarray) -> np.ndarray:
+    """Sorted, each once. numpy sorts with vector instructions, ten times as fast as numba."""
+    found = np.sort(hashes)
+    return found[np.concatenate([[True], found[1:] != found[:-1]])] if len(found) else found
 
 
 def jaccard(a: np.ndarray, b: np.ndarray) -> float:
