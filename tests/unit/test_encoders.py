@@ -134,7 +134,6 @@ def test_who_takes_what(made: dict[str, Tokenizer], name: str, tmp_path: Path) -
     chosen, passed = choose(path, [text.encode() for text in TEXTS])
     wanted = next(encoder for encoder, names in TAKES.items() if name in names)
     assert chosen == wanted and list(passed) == list(TAKES)[: list(TAKES).index(wanted)]
-    load_encoder.cache_clear()  # its key is a path, and all tests write the same names
     assert isinstance(load_encoder(path, chosen), CLASSES[chosen])
 
 
@@ -185,17 +184,17 @@ def test_one_that_is_asked_for_has_to_agree(made: dict[str, Tokenizer], tmp_path
 
 def test_missing_packages_fall_through(made: dict[str, Tokenizer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = str(made["bpe"].save(tmp_path))
-    load_encoder.cache_clear()
+    encoders._built.cache_clear()
     monkeypatch.setitem(sys.modules, "gigatoken", None)
     chosen, passed = choose(path, [b"x"])
     assert chosen == "tiktoken" and "gigatoken is not installed" in passed["gigatoken"]
     monkeypatch.setitem(sys.modules, "tiktoken", None)
+    encoders._built.cache_clear()
     chosen, passed = choose(path, [b"x"])
     assert chosen == "native" and "tiktoken is not installed" in passed["tiktoken"]
     with pytest.raises(UserError, match="corpus.encoder=gigatoken: gigatoken is not installed.*use corpus.encoder=auto") as error:
         load_encoder(path, "gigatoken")
     assert "\n" not in str(error.value)
-    load_encoder.cache_clear()
 
 
 @pytest.mark.parametrize("space", [" ", "\t\u00a0"])
@@ -247,7 +246,9 @@ def test_no_texts(made: dict[str, Tokenizer]) -> None:
 
 def test_a_tokenizer_file_that_is_given_is_read_once(made: dict[str, Tokenizer], tmp_path: Path) -> None:
     path = str(made["bpe"].save(tmp_path))
-    load_encoder.cache_clear()
-    assert load_encoder(path, "native") is load_encoder(path, "native")
-    assert load_tokenizer(path).sha256 == made["bpe"].sha256
-    load_encoder.cache_clear()
+    (tmp_path / "copy").mkdir()
+    copy = str(made["bpe"].save(tmp_path / "copy"))
+    assert load_encoder(path, "native") is load_encoder(copy, "native"), "known by what it says"
+    made["gpt2"].save(tmp_path)
+    assert load_encoder(path, "native") is not load_encoder(copy, "native")
+    assert load_tokenizer(path).sha256 == made["gpt2"].sha256

@@ -78,7 +78,8 @@ class Gigatoken(Encoder):
                 names = [SPACE, *_not_text(tokenizer)]
             elif isinstance(tokenizer, HFTokenizer):
                 tree, names = _without_specials(tokenizer.content)
-                self.make = lambda: Giga.from_json(json.dumps(tree)).backend
+                told = json.dumps(tree)
+                self.make = lambda: Giga.from_json(told).backend
             else:
                 raise CannotEncode(f"gigatoken has nothing for a {type(tokenizer).__name__}")
             self.model, self.seen = self.make(), 0
@@ -167,10 +168,14 @@ def _pattern(step: dict[str, Any]) -> str:
 
 
 @lru_cache(maxsize=2)
+def _built(tokenizer: Tokenizer, name: str) -> Encoder:
+    return registry.get("encoder", name)(tokenizer)
+
+
 def load_encoder(tokenizer: str, name: str) -> Encoder:
     """The encoder of that name for the tokenizer in a file. Errors: `UserError` if it cannot be had."""
     try:
-        return registry.get("encoder", name)(load_tokenizer(tokenizer))
+        return _built(load_tokenizer(tokenizer), name)
     except CannotEncode as error:
         raise UserError(f"corpus.encoder={name}: {error}; use corpus.encoder=auto") from error
 
@@ -185,7 +190,7 @@ def choose(tokenizer: str, sample: Iterable[bytes], wanted: str = "auto") -> tup
     passed: dict[str, str] = {}
     for name in registry.names("encoder") if wanted == "auto" else [wanted]:
         try:
-            found = registry.get("encoder", name)(given).encode(texts)
+            found = _built(given, name).encode(texts)
         except CannotEncode as error:
             passed[name] = str(error)
             continue
