@@ -3,7 +3,8 @@
     python tools/dedup_corpus.py CORPUS --mb 160
     python -m venv peers && peers/bin/pip install -c constraints.txt torch megatron-core tokenizers datasketch rensa "xxhash<4" \\
         datatrove orjson regex humanize loguru
-    python tools/bench_corpus.py CORPUS --peers-python peers/bin/python --out FILE.md
+    python -m venv ours && ours/bin/pip install -c constraints.txt ".[corpus]"  # and no more: numba imports what is there
+    ours/bin/python tools/bench_corpus.py CORPUS --peers-python peers/bin/python --out FILE.md
 
 CPU seconds (user + system, of all processes, from their start to their end: imports, reading JSON and writing files counted) are
 what is compared: other work on the machine changes them least. Parts, --only: dedup (near-deduplication, ours with the exact
@@ -140,8 +141,12 @@ def scale(corpus: Path, work: Path, args: argparse.Namespace) -> list[str]:
              "| --- | --- | --- | --- | --- |"]  # fmt: skip
     base, size = work / "replicas", text_bytes(corpus) / 1e6
     base.mkdir()
-    path, made = tokenizer(corpus, work / "bpe"), 0
-    for times in (1, 4, 16):
+    path, made, costs = tokenizer(corpus, work / "bpe"), 0, {}
+    for times in (0, 1, 4, 16):
+        if not times:
+            (base / "shard_00.jsonl").write_text(
+                json.dumps({"text": "One document of a few words, and what a process costs. " * 5})
+            )
         for r in range(made, times):
             _replica(corpus, base, r)
         made = times
@@ -150,8 +155,11 @@ def scale(corpus: Path, work: Path, args: argparse.Namespace) -> list[str]:
         shutil.rmtree(work / "scaled", ignore_errors=True)
         if isinstance(cost, str):
             raise SystemExit(cost)
-        lines.append(f"| {times} x | {times * size:,.0f} | {cost.cpu:.1f} | {times * size / cost.cpu:.1f} | {cost.rss:,.0f} |")
-    return lines
+        costs[times], speed = cost.cpu, f"{times * size / cost.cpu:.1f}" if times else ""
+        lines.append(
+            f"| {f'{times} x' if times else 'one document'} | {times * size:,.0f} | {cost.cpu:.1f} | {speed} | {cost.rss:,.0f} |"
+        )
+    return [*lines, "", f"From 1 x to 16 x: {15 * size / (costs[16] - costs[1]):.1f} MB per CPU second more."]
 
 
 def _replica(corpus: Path, base: Path, r: int) -> None:

@@ -11,7 +11,8 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from functools import cached_property
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -232,19 +233,19 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         path = found[0]
     if not path.is_file():
         raise UserError(f"tokenizer {path} does not exist; give a .model or .json file, or a folder with {' or '.join(FILES)}")
-    known = path.suffix, path.read_bytes()
-    if known not in _parsed:
-        if len(_parsed) == 4:
-            del _parsed[next(iter(_parsed))]
-        _parsed[known] = _parse(*known, str(path))
-    return _parsed[known]
+    return _parsed(_File(path.read_bytes(), path.suffix, str(path)))
 
 
-_parsed: dict[tuple[str, bytes], Tokenizer] = {}
-"""Parsing 128,000 ids takes half a second, and a preparation asks for the same file, and for its copy, several times."""
+@dataclass(frozen=True)
+class _File:
+    content: bytes
+    suffix: str
+    where: str = field(compare=False)  # for errors
 
 
-def _parse(suffix: str, content: bytes, where: str) -> Tokenizer:
-    if suffix != ".json":
-        return SentencePieceTokenizer(content, where)
-    return ByteTokenizer() if content == ByteTokenizer().content else HFTokenizer(content, where)
+@lru_cache(maxsize=4)
+def _parsed(file: _File) -> Tokenizer:
+    """Parsing 128,000 ids takes half a second, and a preparation asks for the same file, and for its copy, several times."""
+    if file.suffix != ".json":
+        return SentencePieceTokenizer(file.content, file.where)
+    return ByteTokenizer() if file.content == ByteTokenizer().content else HFTokenizer(file.content, file.where)
