@@ -155,10 +155,9 @@ def scale(corpus: Path, work: Path, args: argparse.Namespace) -> list[str]:
         shutil.rmtree(work / "scaled", ignore_errors=True)
         if isinstance(cost, str):
             raise SystemExit(cost)
-        costs[times], speed = cost.cpu, f"{times * size / cost.cpu:.1f}" if times else ""
-        lines.append(
-            f"| {f'{times} x' if times else 'one document'} | {times * size:,.0f} | {cost.cpu:.1f} | {speed} | {cost.rss:,.0f} |"
-        )
+        costs[times] = cost.cpu
+        name, speed = (f"{times} x", f"{times * size / cost.cpu:.1f}") if times else ("one document", "")
+        lines.append(f"| {name} | {times * size:,.0f} | {cost.cpu:.1f} | {speed} | {cost.rss:,.0f} |")
     return [*lines, "", f"From 1 x to 16 x: {15 * size / (costs[16] - costs[1]):.1f} MB per CPU second more."]
 
 
