@@ -114,7 +114,7 @@ class Graph:
             from megatron_scratch.corpus.dedup import datatrove
 
             tasks, told = datatrove.read_tasks(self.cfg.minhash.signatures, self.read, self.numbered, self._kind)
-            return self._run("sign", "dedup.datatrove:read", tasks, [*key, told], **common, **told)
+            return self._run("sign", "dedup.datatrove:read", tasks, [*key, told], **common, files=told)
         return self._run("sign", "dedup.minhash:sign", self.documents.tasks(), key, **common)
 
     @cached_property

@@ -46,7 +46,7 @@ class SourceFile:
         """The bytes as they lie, compressed or not; can seek. A pipe is not opened: it would wait for ever."""
         if self.local:
             _check_regular(self.url)
-            return open(self.url, "rb")
+            return open(self.url, "rb", 1 << 18)  # a line is often longer than the 8 KiB that are usual
         with _told(self.url):
             fs, path = filesystem(self.url)
             return BufferedReader(_Remote(self.url, fs.open(path, "rb")), 1 << 17)

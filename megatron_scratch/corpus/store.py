@@ -30,6 +30,7 @@ ROW = np.dtype([
 ])  # fmt: skip
 
 
+READ = 1 << 20  # bytes
 OPEN = 32  # shards that a process holds at once; each costs three file descriptors, and 1,024 are usual
 
 
@@ -79,14 +80,26 @@ class Shard:
         start, end = self.starts[i : i + 2].tolist()
         return os.pread(self.file, end - start, start)
 
+    def raws(self, places: np.ndarray) -> Iterator[bytes]:
+        """Documents in ascending order, read READ bytes at a time."""
+        starts, ends = self.starts[places].tolist(), self.starts[places + 1].tolist()
+        first = 0
+        while first < len(starts):
+            begin = starts[first]
+            last = max(first + 1, bisect_right(ends, begin + READ, lo=first))
+            block = os.pread(self.file, ends[last - 1] - begin, begin)
+            yield from (block[start - begin : end - begin] for start, end in zip(starts[first:last], ends[first:last], strict=True))
+            first = last
+
     def text(self) -> np.ndarray:
         """(bytes,) u8: all of it, mapped while the array lives."""
         return np.memmap(self.path, np.uint8, "r").view(np.ndarray) if self.starts[-1] else np.zeros(0, np.uint8)
 
     def texts(self, keep: np.ndarray | None = None) -> Iterator[tuple[int, str]]:
         """(number in the shard, text) of the documents that `keep` (D,) bool leaves."""
-        for i in range(len(self)) if keep is None else np.flatnonzero(keep):
-            yield int(i), self.raw(i).decode("utf-8")
+        places = np.arange(len(self)) if keep is None else np.flatnonzero(keep)
+        for i, raw in zip(places.tolist(), self.raws(places), strict=True):
+            yield i, raw.decode("utf-8")
 
 
 class Store:

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import prepared
 import pytest
+from hog import fill
 from prepared import content, make_corpus
 
 from megatron_scratch.corpus.stages import Outputs
@@ -29,19 +30,6 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, str]
     done = prepared.prepare(root / "out", f"corpus.input={source}", "corpus.workers=1", *WORDS)
     assert done.returncode == 0, done.stderr
     return f"corpus.input={source}", content(root / "out")
-
-
-def fill(disk: Path, leave: int) -> Path:
-    """A file that takes all room but so many bytes."""
-    hog = disk / "hog"
-    with open(hog, "wb", buffering=0) as f:
-        try:
-            while f.write(bytes(4096)):
-                pass
-        except OSError:
-            pass
-    os.truncate(hog, max(0, hog.stat().st_size - leave))
-    return hog
 
 
 @pytest.mark.parametrize("workers", [1, 2])

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hog import fill
 from kills import BASE, Layout, differences, unreadable
 from points import wrap
 from runs import config, run
@@ -107,17 +108,11 @@ def test_a_disk_that_is_full_before_anything_is_written(small_disk: Path, corpus
 def test_a_disk_that_becomes_full_and_has_room_again(small_disk: Path, corpus: Path, capfd: Any, whole: dict[int, Path]) -> None:
     """Another file takes the room away in the midst of a run; without it the run goes on, bitwise."""
     cfg = config(corpus, small_disk / "r", *BASE)
-    hog = small_disk / "hog"
 
     def arm(rank: Rank) -> None:
         def stage(original: Any, self: Any, step: int) -> Any:
             if step == 4:
-                with open(hog, "wb", buffering=0) as f:
-                    try:
-                        while f.write(bytes(4096)):
-                            pass
-                    except OSError:
-                        pass
+                fill(small_disk)
             return original(self, step)
 
         wrap("megatron_scratch.checkpoint.attempt:Attempt.stage", stage)
@@ -125,7 +120,7 @@ def test_a_disk_that_becomes_full_and_has_room_again(small_disk: Path, corpus: P
     assert run(cfg, arm=arm) == [1]
     assert "pace left" in capfd.readouterr().err and committed(small_disk / "r" / "checkpoints") == [2]
     assert unreadable(small_disk / "r") == []
-    hog.unlink()
+    (small_disk / "hog").unlink()
     assert run(cfg) == [0]
     assert differences(small_disk / "r", whole[1]) == []
 

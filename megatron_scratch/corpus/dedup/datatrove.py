@@ -134,7 +134,7 @@ def read_tasks(folder: str, read: Done, numbered: Done, kind: MinHash) -> tuple[
     bits = _precision(folder, paths, kind)
     probes = [SourceFile(path.name, str(path), "").probe() for path in paths]
     _, sizes = _begins(numbered, len(names))
-    tasks = [{"shard": s, **task} for s, task in enumerate(shards(read, numbered, len(names)))]
+    tasks = [{"shard": s, "numbers": numbers} for s, numbers in enumerate(shards(read, numbered, len(names)))]
     return tasks, {"folder": str(Path(folder).absolute()), "bits": bits, "sizes": sizes, "probes": probes}
 
 
@@ -179,12 +179,18 @@ def _sound(records: np.ndarray, bits: int) -> bool:
             and (bits == 32 or int(records["hash"].max(initial=0)) < MOST))  # fmt: skip
 
 
-def read(outputs: Outputs, store: dict[str, Any], removed: list[str], kind: dict[str, int], shard: int, index: str, first: int,
-         begins: dict[str, int], folder: str, bits: int, sizes: list[int], probes: list[str]) -> dict[str, Any]:  # fmt: skip
-    """What `minhash.sign` writes, from datatrove's files. A hash of 64 bits becomes one of 32, equal where they were."""
+def read(outputs: Outputs, store: dict[str, Any], removed: list[str], kind: dict[str, int], shard: int, numbers: dict[str, Any],
+         files: dict[str, Any]) -> dict[str, Any]:  # fmt: skip
+    """What `minhash.sign` writes, from datatrove's files. A hash of 64 bits becomes one of 32, equal where they were.
+
+    Args:
+        numbers: the shard's, of `shards`.
+        files: what `read_tasks` says of them.
+    """
+    folder, bits, sizes = files["folder"], files["bits"], files["sizes"]
     part, minhash = Store.of(store).shard(shard), MinHash(**kind)
     keep = kept_mask(removed, part.base, part.base + len(part))
-    place, rank = places(part, index, first, begins), part.rows["source"] % len(sizes)
+    place, rank = places(part, **numbers), part.rows["source"] % len(sizes)
     found = np.zeros((len(part), minhash.size), np.uint32)
     signed = np.zeros(len(part), np.int64)
     for r in np.unique(rank):

@@ -80,13 +80,14 @@ def _dealt(part: Shard, keep: np.ndarray, plan: Deal, first: int, first_char: in
     places = np.arange(first, first + len(keep))
     orders = places if plan.split == "none" else ranks_of(places, key("documents on disk", plan.seed))
     valid, chars = part.rows["hash_high"][keep] < U64(plan.cut), part.rows["chars"][keep]
-    for i, order, aside, count in zip(keep.tolist(), orders.tolist(), valid.tolist(), chars.tolist(), strict=True):
-        yield Piece("valid" if aside else "train", order, part.base + i, part.raw(i), count, True)
+    columns = (column.tolist() for column in (part.base + keep, orders, valid, chars))
+    for raw, number, order, aside, count in zip(part.raws(keep), *columns, strict=True):
+        yield Piece("valid" if aside else "train", order, number, raw, count, True)
 
 
 def _tail(part: Shard, keep: np.ndarray, plan: Deal, first: int, begin: int) -> Iterator[Piece]:
-    for place, i in enumerate(keep.tolist(), first):
-        raw, chars = part.raw(i), int(part.rows["chars"][i])
+    columns = (part.base + keep).tolist(), part.rows["chars"][keep].tolist()
+    for place, (raw, number, chars) in enumerate(zip(part.raws(keep), *columns, strict=True), first):
         head = min(max(plan.cut - begin, 0), chars)  # characters of it that are train's
         begin += chars
         text = raw.decode("utf-8") if 0 < head < chars else ""
@@ -94,7 +95,7 @@ def _tail(part: Shard, keep: np.ndarray, plan: Deal, first: int, begin: int) -> 
             if count:
                 cut = (text[:head] if side == "train" else text[head:]).encode() if text else raw
                 whole_ends = begin not in (plan.cut, plan.characters)
-                yield Piece(side, place, part.base + i, cut, count, whole_ends and (side == "valid" or count == chars))
+                yield Piece(side, place, number, cut, count, whole_ends and (side == "valid" or count == chars))
 
 
 def _batches(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
