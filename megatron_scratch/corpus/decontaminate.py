@@ -24,9 +24,9 @@ SHORTEST = 8  # words of an evaluation record that is matched whole; shorter one
 
 
 def collect_tasks(c: CorpusConfig) -> list[dict[str, Any]]:
-    """One task: evaluation sets are small. The names and probes of their files are part of it."""
+    """One task: evaluation sets are small. The names and states of their files are part of it."""
     files = find_files(list(c.decontaminate))
-    return [{"files": [{"name": f.name, "url": f.url, "probe": f.probe()} for f in files], "fields": c.decontaminate_keys,
+    return [{"files": [{"name": f.name, "url": f.url, "stamp": f.stamp()} for f in files], "fields": c.decontaminate_keys,
              "most": c.max_record_mb << 20, "ngram": c.decontaminate_ngram}]  # fmt: skip
 
 
@@ -36,7 +36,10 @@ def collect(outputs: Outputs, files: list[dict[str, str]], fields: list[str], mo
     owners: dict[int, list[np.ndarray]] = {}
     records = short = 0
     for number, told in enumerate(files):
-        for text in _texts(SourceFile(told["name"], told["url"], ""), fields, most):
+        file = SourceFile(told["name"], told["url"], "")
+        texts = _texts(file, fields, most)
+        file.check(told["stamp"])
+        for text in texts:
             records += 1
             n = min(ngram, len(word_hashes(text)))
             if n < min(SHORTEST, ngram):
@@ -72,14 +75,14 @@ def find(outputs: Outputs, store: dict[str, Any], shard: int, removed: list[str]
     part = Store.of(store).shard(shard)
     tables = [(n, *(np.load(f"{grams}{n}.{name}.npy", mmap_mode="r") for name in ("grams", "owners"))) for n in lengths]
     rows: list[tuple[int, int, float]] = []
-    for i in np.flatnonzero(kept_mask(removed, part.base, part.base + len(part))):
-        raw = part.raw(int(i))
+    left = np.flatnonzero(kept_mask(removed, part.base, part.base + len(part)))
+    for i, raw in zip(left.tolist(), part.raws(left), strict=True):
         for n, known, owners in tables:
             mine = comparer(n)[0](raw)
             at = np.minimum(np.searchsorted(known, mine), len(known) - 1)
             hits = known[at] == mine
             if hits.any():
-                rows.append((part.base + int(i), -1 - int(owners[at[hits][0]]), float(hits.mean())))
+                rows.append((part.base + i, -1 - int(owners[at[hits][0]]), float(hits.mean())))
                 break
     documents, kept, share = (np.array([row[k] for row in rows]) for k in range(3))
     outputs.save("removed.npy", removals(documents.astype(np.int64), kept.astype(np.int64), share.astype(np.float64)))

@@ -19,7 +19,7 @@ import pytest
 from prepared import content, make_corpus
 
 from megatron_scratch.config.corpus import CorpusConfig
-from megatron_scratch.corpus import graph, pipeline, read, stages
+from megatron_scratch.corpus import decontaminate, graph, pipeline, read, stages
 from megatron_scratch.corpus.dedup import exact, minhash, spans
 from megatron_scratch.corpus.engines import local
 from megatron_scratch.corpus.write import encode, parts
@@ -173,6 +173,22 @@ def test_a_file_that_changes_while_it_is_read(kind: str, on_bad: str, tmp_path: 
     pipeline.prepare(config(given, tmp_path / "out", shard_mb=1, on_bad=on_bad))
     pipeline.prepare(config(given, tmp_path / "fresh", on_bad=on_bad))
     assert content(tmp_path / "out") == content(tmp_path / "fresh")
+
+
+def test_an_evaluation_set_that_changes_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is read once for each field."""
+    (tmp_path / "a.txt").write_text("a corpus")
+    path = tmp_path / "exam.jsonl"
+    path.write_bytes(line("one two three four five six seven eight nine"))
+    real = decontaminate.reader_of
+
+    def reader(file: Any) -> Any:
+        path.write_bytes(path.read_bytes().replace(b"nine", b"NINE"))
+        return real(file)
+
+    monkeypatch.setattr(decontaminate, "reader_of", reader)
+    with pytest.raises(RunFailed, match=rf"^{path} changed while it was read"):
+        pipeline.prepare(config(str(tmp_path / "a.txt"), tmp_path / "out", decontaminate=[str(path)]))
 
 
 def test_a_file_that_changed_between_two_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
