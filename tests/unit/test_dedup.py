@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import random
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -100,6 +103,16 @@ def test_compiled_is_numpy(ngram: int) -> None:
         assert np.array_equal(found, slow_set_of(text.encode()))
     for a, b in zip(sets, sets[1:], strict=False):
         assert jaccard(a, b) == slow_jaccard(a, b)
+
+
+@needs_numba
+def test_it_compiles_where_nothing_can_be_kept() -> None:
+    """As in a read-only image without a home."""
+    code = ("from megatron_scratch.corpus.dedup.signatures import comparer; of, jaccard = comparer(2, True); "
+            "print(jaccard(of(b'a b c'), of(b'a b d')))")  # fmt: skip
+    nowhere = os.environ | {"NUMBA_CACHE_LOCATOR_CLASSES": "ZipCacheLocator"}  # only a package in a .zip would have one
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=nowhere)
+    assert done.stdout == f"{1 / 3}\n", done.stderr
 
 
 @pytest.mark.parametrize("fast", [pytest.param(True, marks=needs_numba), False])

@@ -6,6 +6,9 @@ Types are given, so that an array of another type is an error and not a compilat
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 from numba import f8, i8, njit, types, u1, u4, u8, void
 
@@ -21,6 +24,18 @@ S27, S30, S31, S32, ZERO = np.uint64(27), np.uint64(30), np.uint64(31), np.uint6
 def _read(kind: types.Type) -> types.Type:
     """A vector that may not be written to."""
     return types.Array(kind, 1, "C", readonly=True)
+
+
+def _kept(signature: Any) -> Callable[[Any], Any]:
+    """Compile, for all processes on this machine to come if there is a folder to keep it in."""
+
+    def decorate(function: Any) -> Any:
+        try:
+            return njit(signature, cache=True)(function)
+        except RuntimeError:  # neither the folder of this file nor the user's cache can be written to: each process takes seconds
+            return njit(signature)(function)
+
+    return decorate
 
 
 TEXT, TABLES = _read(u1), (_read(u1), _read(u4))
@@ -98,7 +113,7 @@ def _minima(hashes, count, a, b, row):
         i += 1
 
 
-@njit(void(TEXT, _read(i8), i8, u8, *TABLES, _read(u4), _read(u4), u4[:, ::1], i8[::1]), cache=True)
+@_kept(void(TEXT, _read(i8), i8, u8, *TABLES, _read(u4), _read(u4), u4[:, ::1], i8[::1]))
 def signatures(text, starts, n, power, ascii, letters, a, b, out, counts):
     """`out` (D, K) u32, filled with 2^32 - 1 before; `counts` (D,) i64: shingles of each document, -1 if Python has to lower it."""
     longest = 1
@@ -110,13 +125,13 @@ def signatures(text, starts, n, power, ascii, letters, a, b, out, counts):
         _minima(hashes, counts[d], a, b, out[d])
 
 
-@njit(i8(TEXT, i8, u8, *TABLES, u8[::1]), cache=True)
+@_kept(i8(TEXT, i8, u8, *TABLES, u8[::1]))
 def shingles(text, n, power, ascii, letters, out):
     """The hashes of one text's shingles to `out`; returns their number, -1 if Python has to lower it."""
     return _shingles(text, 0, len(text), n, power, ascii, letters, np.empty(n, np.uint64), out)
 
 
-@njit(f8(_read(u8), _read(u8)), cache=True)
+@_kept(f8(_read(u8), _read(u8)))
 def jaccard(a, b):
     """`words.jaccard`."""
     i = j = both = 0
@@ -133,7 +148,7 @@ def jaccard(a, b):
     return both / whole if whole else 0.0
 
 
-@njit(i8(_read(i8), _read(i8), _read(f8), u1[::1], i8[::1], i8[::1], f8[::1]), cache=True)
+@_kept(i8(_read(i8), _read(i8), _read(f8), u1[::1], i8[::1], i8[::1], f8[::1]))
 def star(later, earlier, similarity, gone, document, kept, how):
     """`minhash.star` over one block of pairs sorted by `later`; fills the last three, returns their number."""
     count = i = 0
