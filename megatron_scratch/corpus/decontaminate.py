@@ -36,10 +36,7 @@ def collect(outputs: Outputs, files: list[dict[str, str]], fields: list[str], mo
     owners: dict[int, list[np.ndarray]] = {}
     records = short = 0
     for number, told in enumerate(files):
-        file = SourceFile(told["name"], told["url"], "")
-        texts = _texts(file, fields, most)
-        file.check(told["stamp"])
-        for text in texts:
+        for text in _texts(told, fields, most):
             records += 1
             n = min(ngram, len(word_hashes(text)))
             if n < min(SHORTEST, ngram):
@@ -58,15 +55,17 @@ def collect(outputs: Outputs, files: list[dict[str, str]], fields: list[str], mo
     return {"records": records, "short": short, "lengths": sorted(found), "names": [told["name"] for told in files]}
 
 
-def _texts(file: SourceFile, fields: list[str], most: int) -> list[str]:
+def _texts(told: dict[str, str], fields: list[str], most: int) -> list[str]:
     """The texts of an evaluation file: each named field of each record. One that cannot be read is an error: none may slip by."""
-    texts = []
+    file, texts = SourceFile(told["name"], told["url"], ""), []
     for field in fields:
         for record in reader_of(file)(file, 0, None, Keys(field, "", most)):
             if isinstance(record, Bad) and not (len(fields) > 1 and record.reason.startswith("no field")):
+                file.check(told["stamp"])
                 raise UserError(f"corpus.decontaminate: {file.name}:{record.line or record.place}: {record.reason}; mend the file")
             if isinstance(record, Record):
                 texts.append(record.text)
+    file.check(told["stamp"])
     return texts
 
 

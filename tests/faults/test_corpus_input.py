@@ -175,15 +175,16 @@ def test_a_file_that_changes_while_it_is_read(kind: str, on_bad: str, tmp_path: 
     assert content(tmp_path / "out") == content(tmp_path / "fresh")
 
 
-def test_an_evaluation_set_that_changes_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is read once for each field."""
+@pytest.mark.parametrize("becomes", [b"NINE", b'"'], ids=["other text", "no JSON"])
+def test_an_evaluation_set_that_changes_while_it_is_read(becomes: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a change breaks is not the user's to mend."""
     (tmp_path / "a.txt").write_text("a corpus")
     path = tmp_path / "exam.jsonl"
     path.write_bytes(line("one two three four five six seven eight nine"))
     real = decontaminate.reader_of
 
     def reader(file: Any) -> Any:
-        path.write_bytes(path.read_bytes().replace(b"nine", b"NINE"))
+        path.write_bytes(path.read_bytes().replace(b"nine", becomes))
         return real(file)
 
     monkeypatch.setattr(decontaminate, "reader_of", reader)
