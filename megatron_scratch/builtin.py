@@ -12,6 +12,7 @@ from megatron_scratch.config.cleaners import (
 )
 from megatron_scratch.config.engine import DDPConfig, FSDPConfig, HSDPConfig, Zero1Config, Zero2Config, Zero3Config
 from megatron_scratch.config.launcher import KubernetesConfig, LauncherConfig, SlurmConfig
+from megatron_scratch.config.logging import TensorboardConfig, WandbConfig
 from megatron_scratch.config.optim import (
     AdamWConfig,
     DecayConfig,
@@ -44,7 +45,6 @@ _PARTS = {
                  "interleaved_1f1b": "config.pipeline:INTERLEAVED",
                  "interleaved_zero_bubble": "config.pipeline:INTERLEAVED_ZERO_BUBBLE", "zbv_zero_bubble": "config.pipeline:ZBV",
                  "dualpipev": "config.pipeline:DUALPIPEV"},
-    "logging": {"console": "train.metrics:Console"},
     "encoder": {"gigatoken": "corpus.write.encoders:Gigatoken", "tiktoken": "corpus.write.encoders:Tiktoken",
                 "native": "corpus.write.encoders:Native"},
     "corpus_engine": {"local": "corpus.engines.local:Local", "slurm": "launch.corpus_array:SlurmArray",
@@ -63,6 +63,7 @@ _ENGINES = {"ddp": ("ddp:DDPEngine", DDPConfig), "fsdp": ("fsdp:FSDPEngine", FSD
             "zero3": ("zero:ZeroEngine", Zero3Config)}  # fmt: skip
 _LAUNCHERS = {"local": ("local:launch", LauncherConfig), "slurm": ("slurm:launch", SlurmConfig),
               "kubernetes": ("kubernetes:launch", KubernetesConfig)}  # fmt: skip
+_SINKS = {"wandb": ("wandb:Wandb", WandbConfig), "tensorboard": ("tensorboard:Tensorboard", TensorboardConfig)}
 _CLEANERS = {"newlines": ("basic:Newlines", None), "unicode": ("basic:Unicode", UnicodeSettings),
              "whitespace": ("basic:Whitespace", None), "length": ("basic:Length", LengthSettings),
              "gopher_quality": ("gopher:GopherQuality", GopherQualitySettings),
@@ -85,6 +86,8 @@ def register_all() -> None:
         register("engine", name, f"{_P}.engine.{target}", config)
     for name, (target, config) in _LAUNCHERS.items():
         register("launcher", name, f"{_P}.launch.{target}", config)
+    for name, (target, config) in _SINKS.items():
+        register("logging", name, f"{_P}.logs.{target}", config)
     for name, config in _OPTIMIZERS.items():
         register("optim", name, f"{_P}.optim.optimizers:{name}", config)
     for name, config in _SCHEDULES.items():

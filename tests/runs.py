@@ -18,7 +18,7 @@ import torch._dynamo  # noqa: F401  (any optimizer imports it: here once, instea
 
 from megatron_scratch.config import Config, compose
 from megatron_scratch.launch.resolve import resolve
-from megatron_scratch.train import worker
+from megatron_scratch.train import session, worker
 from megatron_scratch.util.env import Rank
 from megatron_scratch.util.exits import exit_code
 
@@ -39,7 +39,7 @@ def _rank(cfg: Config, rank: Rank, store: str, fault: Fault | None, arm: Callabl
     gc.freeze()  # what the parent made is not this process's to destroy
     faulthandler.dump_traceback_later(120, exit=True)
     torch.set_num_threads(1)
-    worker.plot_loss = lambda run_dir: None  # 0.3 s; test_train draws one
+    session.plot_loss = lambda run_dir: None  # 0.3 s; test_train draws one
     if fault is not None and rank.rank == rank.world - 1:
         fault()
     if arm is not None:

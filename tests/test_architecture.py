@@ -29,17 +29,19 @@ MAY_IMPORT = {
     "data": L0,
     "engine": L0 | {"parallel", "optim"},
     "checkpoint": L0 | {"parallel", "engine"},
-    "train": L0 | {"parallel", "models", "optim", "data", "engine", "checkpoint"},
+    "logs": L0,
+    "report": L0,
+    "train": L0 | {"parallel", "models", "optim", "data", "engine", "checkpoint", "logs", "report"},
     "plan": L0 | {"parallel", "models", "optim", "data", "engine", "checkpoint"},
     "corpus": L0 | {"data"},
     "launch": L0 | {"data"},
-    "cli": L0 | {"data", "corpus", "launch"},
+    "cli": L0 | {"data", "corpus", "launch", "logs", "report"},
 }  # fmt: skip
 LAZY = {
     "launch": {"train", "checkpoint"},
     "cli": {"train", "checkpoint"},
 }  # inside a function only: a verb pays for what it needs, no other
-TORCH_FREE = {"config", "registry", "builtin", "util", "corpus", "launch", "cli", "data"}
+TORCH_FREE = {"config", "registry", "builtin", "util", "corpus", "launch", "cli", "data", "logs", "report"}
 MODULE_STATE = {"registry"}  # the one place with a module-level mutable object
 
 
@@ -169,7 +171,7 @@ def test_every_yaml_composes_and_starts_with_its_command(override: str) -> None:
 def test_an_experiment_names_entries_where_the_command_line_can_override_them(path: Path) -> None:
     """A `name:` inside a section would win over `precision=fp32` on the command line, silently: it belongs into `defaults`."""
     plain = compose.load([f"experiment={path.stem}"])
-    for section in (p.name for p in CONFIGS.iterdir() if p.is_dir() and p.name not in ("corpus", "experiment", "model")):
+    for section in (p.name for p in CONFIGS.iterdir() if p.is_dir() and p.name not in ("corpus", "experiment", "logging", "model")):
         for other in set(registry.names(section)) - {getattr(plain, section).name}:
             try:
                 cfg = compose.load([f"experiment={path.stem}", f"{section}={other}"])
@@ -179,8 +181,8 @@ def test_an_experiment_names_entries_where_the_command_line_can_override_them(pa
 
 
 def test_every_registered_part_exists() -> None:
-    from megatron_scratch.builtin import _ENGINES, _OPTIMIZERS, _PARTS, _SCHEDULES
+    from megatron_scratch.builtin import _ENGINES, _OPTIMIZERS, _PARTS, _SCHEDULES, _SINKS
 
-    for kind, names in {**_PARTS, "engine": _ENGINES, "optim": _OPTIMIZERS, "schedule": _SCHEDULES}.items():
+    for kind, names in {**_PARTS, "engine": _ENGINES, "logging": _SINKS, "optim": _OPTIMIZERS, "schedule": _SCHEDULES}.items():
         for name in names:
             assert registry.get(kind, name) is not None, (kind, name)  # imports the module and finds the attribute

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from megatron_scratch.cli.words import MULTIRUN, composed
 from megatron_scratch.util.errors import UserError
 from megatron_scratch.util.exits import FAILED, OK
@@ -74,9 +76,15 @@ def evaluate(words: list[str]) -> int:
     from megatron_scratch.config.compose import parse_args
     from megatron_scratch.config.verbs import EvalArgs
 
-    args = parse_args(EvalArgs, words, positional="run")
-    if not args.run:
-        raise UserError("give the run: `megatron-scratch eval RUN [data=DIR]`")
+    listed = [re.sub(r"^tasks=([^\[].*)$", r"tasks=[\1]", word) for word in words]  # tasks=hellaswag,arc_easy is meant as a list
+    args = parse_args(EvalArgs, listed, positional="run")
+    args.check()
+    if args.tasks is not None:
+        from megatron_scratch.train.harness import run_tasks
+
+        for line in run_tasks(args):
+            print(line, flush=True)
+        return OK
     from megatron_scratch.train.inference import evaluate_run
 
     print(evaluate_run(args))

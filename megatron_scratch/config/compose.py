@@ -23,6 +23,8 @@ from megatron_scratch.util.files import atomic_write
 
 PACKAGE = "megatron_scratch.configs"
 PER_ENTRY = ("engine", "optim", "schedule", "launcher")  # sections whose keys depend on the entry they name
+SINK = "logging"  # the section with a sub-section for each entry that is on
+FREE = r"(launcher\.sbatch|corpus\.options|data\.valid_sets)"  # dictionaries whose keys are the user's own
 
 
 def _store_schema() -> None:
@@ -31,6 +33,17 @@ def _store_schema() -> None:
     for kind in PER_ENTRY:
         for name in registry.names(kind):
             store.store(group=kind, name=f"schema_{name}", node=_schema_of(kind, name))
+    for name in registry.names(SINK):
+        store.store(group=SINK, name=f"schema_{name}", node={name: _settings_of(name)})
+
+
+@dataclasses.dataclass
+class NoSettings:
+    """Those of a sink that has none."""
+
+
+def _settings_of(sink: str) -> type:
+    return registry.entry(SINK, sink).config or NoSettings
 
 
 def _schema_of(kind: str, name: str) -> type:
@@ -58,13 +71,15 @@ def load(overrides: list[str], config_dirs: list[str] | None = None) -> Config:
         with initialize_config_module(PACKAGE, version_base="1.3"):
             composed = compose("config", overrides=searchpath + [_free(word) for word in overrides])
         return to_config(composed)
-    except (HydraException, OmegaConfBaseException) as error:
+    except UserError:
+        raise
+    except (HydraException, OmegaConfBaseException, ValueError) as error:  # the last is Hydra's for `model=null`
         raise UserError(_one_line(error, overrides)) from error
 
 
 def _free(word: str) -> str:
     """`launcher.sbatch.nice=100` names a key of the user's own; Hydra adds one to a dictionary only where it is told to."""
-    return f"++{word}" if re.match(r"(launcher\.sbatch|corpus\.options)((\.[\w-]+)+=|=\{)", word) else word
+    return f"++{word}" if re.match(FREE + r"((\.[\w-]+)+=|=\{)", word) else word
 
 
 def to_config(composed: DictConfig) -> Config:
@@ -74,13 +89,33 @@ def to_config(composed: DictConfig) -> Config:
         registry.load_plugins(list(composed.get("plugins", ())))
         for kind in PER_ENTRY:
             schema[kind] = OmegaConf.structured(_schema_of(kind, str(composed[kind].name)))
-        _refuse_targets(OmegaConf.to_container(composed), "")
-        plain = OmegaConf.create(OmegaConf.to_container(composed))  # a typed tree would keep keys added with "+"
+        tree: Any = OmegaConf.to_container(composed)
+        tree[SINK] = _sinks_on(tree.get(SINK))
+        schema[SINK] = {name: OmegaConf.structured(_settings_of(name)) for name in tree[SINK]}
+        _refuse_targets(tree, "")
+        plain = OmegaConf.create(tree)  # a typed tree would keep keys added with "+"
         merged = OmegaConf.merge(schema, plain)
         OmegaConf.resolve(merged)
         return OmegaConf.to_object(merged)  # type: ignore[return-value]
     except OmegaConfBaseException as error:
         raise UserError(_one_line(error, [])) from error
+
+
+def _sinks_on(section: Any) -> dict[str, Any]:
+    """Name -> keys, of a `logging` section; `logging.wandb=null` takes a sink away that a file has put there."""
+    section = section or {}
+    if section == {"name": "console"}:  # of a run of version 0.1.0
+        return {}
+    for name, keys in section.items():
+        choice(SINK, name, registry.names(SINK))
+        if not isinstance(keys, (dict, type(None))):
+            raise UserError(f"{SINK}.{name}={keys!r} must be keys and values; give {SINK}={name} {SINK}.{name}.KEY=VALUE")
+    return {name: keys for name, keys in section.items() if keys is not None}
+
+
+def plain(cfg: Config) -> dict[str, Any]:
+    """A resolved config as dictionaries, lists and plain values."""
+    return OmegaConf.to_container(OmegaConf.structured(cfg))  # type: ignore[return-value]
 
 
 def save(cfg: Config, path: Path) -> None:
@@ -146,6 +181,8 @@ def _keys(node: Any, prefix: str = "") -> list[str]:
 
 def _all_keys() -> list[str]:
     keys = set(_keys(OmegaConf.to_container(OmegaConf.structured(Config))))
+    for name in registry.names(SINK):
+        keys |= {f"{SINK}.{name}.{k}" for k in _keys(OmegaConf.to_container(OmegaConf.structured(_settings_of(name))))}
     for kind in PER_ENTRY:
         for name in registry.names(kind):
             keys |= {f"{kind}.{k}" for k in _keys(OmegaConf.to_container(OmegaConf.structured(_schema_of(kind, name))))}
@@ -158,9 +195,12 @@ def _one_line(error: Exception, overrides: list[str]) -> str:
     chain = " ".join(re.sub(r"\s+", " ", str(e)) for e in (error, error.__cause__) if e)
     if found := re.search(r"Could not (?:override|append to config\. An item is already at) '([\w.\[\]]+)'", chain):
         key = found.group(1)
+        sink = key.split(".")[1] if key.startswith(f"{SINK}.") else ""
+        if sink in registry.names(SINK) and f"Key '{sink}' is not" in chain:
+            return f"{key} has no effect without {SINK}={sink}"
         if "not in" in chain or "not in struct" in chain:
             return f"{key} is not a key{nearest(key, _all_keys())}; `megatron-scratch train --print` shows them all"
-    if found := re.search(r"Could not find '([\w/.-]+)'(?: Available options in '[\w/]+': )?(.*)", chain):
+    if found := re.search(r"Could not (?:find|load) '([\w/.-]+)'(?: Available options in '[\w/]+': )?(.*)", chain):
         return _unknown_option(found.group(1))
     if found := re.search(r"Key '(\w+)' (?:is )?not in '\w+'.*?full_key: ([\w.]+)", chain):
         return f"{found.group(2)} is not a key{nearest(found.group(2), _all_keys())}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Optional
 
@@ -16,6 +17,7 @@ class DataConfig:
     dir: Optional[str] = None  # folder with train.{bin,idx}, valid.{bin,idx}, tokenizer, manifest.json
     train: Optional[str] = None  # Megatron prefix for training, instead of dir
     valid: Optional[str] = None  # Megatron prefix for evaluation
+    valid_sets: dict[str, str] = field(default_factory=dict)  # NAME -> folder (its valid split) or prefix: more to evaluate on
     blend: list[str] = field(default_factory=list)  # [PATH:WEIGHT, ...] of folders or prefixes, instead of dir
     tokenizer: Optional[str] = None  # a tokenizer file; None: the one in the folder
     order: str = "documents"  # documents: shuffled anew each epoch, then cut; contiguous: windows as they lie; megatron: its own
@@ -40,6 +42,17 @@ def check_data(d: DataConfig) -> None:
         raise UserError(f"data.consumed={d.consumed} must be at least 0 and below data.megatron_samples={d.megatron_samples}")
     split_fraction(d.megatron_split)
     blend_parts(d)
+    check_valid_sets(d)
+
+
+def check_valid_sets(d: DataConfig) -> None:
+    """A name becomes a part of the names of its metrics: `val_loss/NAME`."""
+    for name, path in d.valid_sets.items():
+        if not re.fullmatch(r"[A-Za-z0-9_.-]+", name):
+            raise UserError(f"data.valid_sets has the name {name!r}; allowed: letters, digits and . _ - alone, e.g. "
+                            "data.valid_sets.wiki=PREFIX")  # fmt: skip
+        if not path:
+            raise UserError(f"data.valid_sets.{name} is empty; give a dataset folder or a Megatron prefix, or leave it out")
 
 
 def fill_samples(d: DataConfig, run: int) -> None:

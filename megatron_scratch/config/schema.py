@@ -12,15 +12,18 @@ from megatron_scratch.config.data import DataConfig, check_data
 from megatron_scratch.config.engine import EngineConfig, check_engine, check_reduction, replicas
 from megatron_scratch.config.fault import FaultConfig, check_fault, check_replicas
 from megatron_scratch.config.launcher import LauncherConfig, check_launcher
+from megatron_scratch.config.layers import check_layers
+from megatron_scratch.config.logging import check_logging
 from megatron_scratch.config.model import ModelConfig, check_model
 from megatron_scratch.config.optim import OptimConfig, ScheduleConfig, check_optim, check_schedule
 from megatron_scratch.config.pipeline import check_pipeline
 from megatron_scratch.config.precision import PrecisionConfig, check_precision
+from megatron_scratch.config.profile import check_profile
 from megatron_scratch.config.recompute import check_recompute
+from megatron_scratch.config.samples import check_samples
 from megatron_scratch.config.train import (
     BenchConfig,
     CheckpointConfig,
-    LoggingConfig,
     ParallelConfig,
     ParityConfig,
     TrainConfig,
@@ -36,7 +39,7 @@ from megatron_scratch.util.errors import UserError, choice
 
 @dataclass
 class Config:
-    """One run. `engine`, `optim`, `schedule` and `launcher` hold the dataclass of the entry they name."""
+    """One run. `engine`, `optim`, `schedule` and `launcher` hold the dataclass of the entry they name, `logging` one a sink."""
 
     name: str = "run"
     dir: str = "runs/${name}"
@@ -52,7 +55,7 @@ class Config:
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     fault: FaultConfig = field(default_factory=FaultConfig)
-    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    logging: dict[str, Any] = field(default_factory=dict)  # sink -> its settings: those that are on
     launcher: Any = field(default_factory=LauncherConfig)
     corpus: CorpusConfig = field(default_factory=CorpusConfig)
     bench: BenchConfig = field(default_factory=BenchConfig)
@@ -70,9 +73,10 @@ def check(cfg: Config, world: int, nodes: int = 1) -> None:
     check_checkpoint(cfg.checkpoint)
     check_fault(cfg.fault, cfg.train.steps, cfg.checkpoint.every)
     check_corpus(cfg.corpus)
-    for section in ("engine", "precision", "logging", "launcher"):
+    for section in ("engine", "precision", "launcher"):
         choice(section, getattr(cfg, section).name, registry.names(section))
     check_launcher(cfg.launcher)
+    check_logging(cfg.logging, here=cfg.launcher.name == "local")
     model_ranks = cfg.parallel.tp * cfg.parallel.pp * cfg.parallel.cp
     if world % model_ranks:
         raise UserError(f"the world of {world} processes is not divisible by parallel.tp x pp x cp = {model_ranks}; "
@@ -88,6 +92,9 @@ def check(cfg: Config, world: int, nodes: int = 1) -> None:
     check_replicas(cfg.fault, cfg.engine.name, dp)
     replicas(cfg.engine, dp, nodes)
     check_tensor(cfg.model, cfg.train, cfg.parallel)
+    check_layers(cfg.train.layers_every)
+    check_samples(cfg.train.samples, cfg.train.seq_len)
+    check_profile(cfg.train.profile, cfg.train.steps, world)
     if cfg.train.seq_len > cfg.model.max_seq_len:
         raise UserError(f"train.seq_len={cfg.train.seq_len} is beyond model.max_seq_len={cfg.model.max_seq_len}; "
                         "shorten one or lengthen the other")  # fmt: skip

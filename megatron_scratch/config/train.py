@@ -1,4 +1,4 @@
-"""The sections about the run itself: `train`, `parallel`, `checkpoint`, `logging`."""
+"""The sections about the run itself: `train`, `parallel`, `checkpoint`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from dataclasses import dataclass, field
 from typing import Optional
 
 from megatron_scratch.config.model import VOCAB_MULTIPLE, ModelConfig
+from megatron_scratch.config.profile import ProfileConfig
 from megatron_scratch.config.remote import check_url
+from megatron_scratch.config.samples import SamplesConfig
 from megatron_scratch.util.errors import UserError
 
 
@@ -31,6 +33,9 @@ class TrainConfig:
     eval_every: int = 0  # 0: only at the end
     eval_batches: Optional[int] = None  # global batches per evaluation; None: the whole validation set
     log_every: int = 10
+    layers_every: int = 0  # steps between rows of layers.jsonl, statistics of each layer; 0: none
+    samples: SamplesConfig = field(default_factory=SamplesConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
     z_loss: float = 0.0  # weight of log(Z)^2, which keeps logits from drifting (PaLM, arXiv 2204.02311: 1e-4)
     compile: bool = False  # torch.compile, block by block
     canonical_reduction: bool = False  # dp 1, 2, 4, ... give the same bits, at a price: docs/resuming.md
@@ -68,13 +73,6 @@ class CheckpointConfig:
     async_save: bool = False  # training goes on while another process writes; costs memory for one copy of this rank's share
     resume: str = "auto"  # auto: the newest in the run directory | never | PATH of a run or of one checkpoint
     remote: Optional[str] = None  # s3://bucket/prefix, gs://..., file:///...: checkpoints are brought there beside training
-
-
-@dataclass
-class LoggingConfig:
-    """JSONL is always on; this is what a person sees."""
-
-    name: str = "console"
 
 
 @dataclass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Optional
 
 from megatron_scratch.util.errors import UserError, choice
@@ -51,7 +52,7 @@ class VerifyArgs:
 
 @dataclass
 class EvalArgs:
-    """`eval RUN`: a run directory or one of its checkpoints."""
+    """`eval RUN`: a run directory or one of its checkpoints; its loss on a dataset, or with `tasks` what lm-eval says of it."""
 
     run: str = ""
     data: Optional[str] = None  # a dataset folder or prefix; None: the run's own validation set
@@ -59,6 +60,30 @@ class EvalArgs:
     batches: Optional[int] = None  # micro-batches; None: all of it
     micro_batch_size: int = 16
     precision: Optional[str] = None  # None: the run's
+    tasks: Optional[list[str]] = None  # of lm-evaluation-harness, or patterns of their names
+    include: Optional[str] = None  # a folder with tasks of your own
+    fewshot: Optional[int] = None  # examples before each question; None: the task's own number
+    limit: Optional[int] = None  # documents of each task; None: all
+    out: Optional[str] = None  # of the results as JSON; None: beside the checkpoints
+
+    def check(self) -> None:
+        """Refuse settings that mean nothing."""
+        if not self.run:
+            raise UserError("give the run: `megatron-scratch eval RUN [data=DIR]` or `... eval RUN tasks=[hellaswag]`")
+        if self.micro_batch_size < 1:
+            raise UserError(f"micro_batch_size={self.micro_batch_size} must be at least 1")
+        loss, harness = ("data", "split", "batches"), ("include", "fewshot", "limit", "out")
+        unused, why = (harness, "without tasks=[NAME,...]") if self.tasks is None else (loss, "with tasks=[...]")
+        for key in unused:
+            if getattr(self, key) != getattr(EvalArgs, key):
+                raise UserError(f"{key}={getattr(self, key)} has no effect {why}; leave it out")
+        if self.tasks is not None and not all(self.tasks or [""]):
+            raise UserError(f"tasks={self.tasks} has no names in it; give tasks=[NAME,...]")
+        for key, least in (("fewshot", 0), ("limit", 1)):
+            if (given := getattr(self, key)) is not None and given < least:
+                raise UserError(f"{key}={given} must be at least {least}, or null")
+        if self.include is not None and not Path(self.include).is_dir():
+            raise UserError(f"include={self.include} is no folder; give one with tasks as YAML files")
 
 
 @dataclass

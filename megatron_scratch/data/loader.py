@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,12 @@ class DataSource:
     tokenizer: Tokenizer | None
     vocab_size: int | None
     fingerprint: str  # of the training tokens, their order and blend: a resumed run must see the same one
+    valid_sets: dict[str, EvalWindows] = field(default_factory=dict)  # data.valid_sets, by name
+
+    @property
+    def evaluated(self) -> dict[str, EvalWindows]:
+        """All that a run is evaluated on: its validation set, if it has one, as "", then those with a name."""
+        return ({} if self.valid is None else {"": self.valid}) | self.valid_sets
 
 
 class Loader:
@@ -183,15 +189,19 @@ def _valid_files(parts: list[Part]) -> list[IndexedDataset]:
     return [f for f in files if f.num_tokens >= 2]
 
 
-def _tokenizer(data: DataConfig, parts: list[Part]) -> Tokenizer | None:
-    """The one tokenizer of all parts; None for bare Megatron files. Each part's manifest must name its sha256."""
+def _tokenizer(data: DataConfig, parts: list[Part], more: list[Part]) -> Tokenizer | None:
+    """The one tokenizer of all parts; None for bare Megatron files. Each part's manifest must name its sha256.
+
+    `more`: parts that must have the same one where it is known, and do not decide which: a set that a run is evaluated on besides
+    must not change what is trained.
+    """
     has_one = [p.folder for p in parts if p.folder and (p.manifest or has_tokenizer(p.folder))]
     where = data.tokenizer or (has_one[0] if has_one else None)
     tokenizer = load_tokenizer(where) if where else None
-    for part in parts:
+    for part in parts + more if tokenizer else []:
         if part.manifest:
             made_with = part.manifest["tokenizer"]["sha256"]
-        elif part.folder in has_one:
+        elif part.folder and has_tokenizer(part.folder):
             made_with = load_tokenizer(part.folder).sha256
         else:
             continue
@@ -221,15 +231,18 @@ def _train_set(data: DataConfig, parts: list[tuple[Part, float]], seq_len: int, 
 def open_data(data: DataConfig, seq_len: int, seed: int, need_train: bool = True) -> DataSource:
     """Open what the `data` section names: training set, evaluation windows, tokenizer. Mistakes raise `UserError`.
 
-    With need_train=False (evaluation) data.valid alone is enough, and `train` is then None.
+    With need_train=False (evaluation) data.valid alone is enough, `train` is then None, and data.valid_sets are left alone.
     """
     parts = _train_parts(data)
     if not parts and (need_train or not data.valid):
         raise UserError(f"no {'training ' * need_train}data is named; give data.dir=DIR, data.train=PREFIX or "
                         f"data.blend=[PATH:WEIGHT,...]; {MAKE_ONE}")  # fmt: skip
     evaluated = [(find_part(data.valid, "valid"), 1.0)] if data.valid else []
-    tokenizer = _tokenizer(data, [part for part, _ in parts + evaluated])
+    named = {name: find_part(path, "valid") for name, path in data.valid_sets.items()} if need_train else {}
+    tokenizer = _tokenizer(data, [part for part, _ in parts + evaluated], list(named.values()))
     train = _train_set(data, parts, seq_len, seed)
     files = [part.open() for part, _ in evaluated] or _valid_files([part for part, _ in parts])
     valid = EvalWindows(files, seq_len) if files else None
-    return DataSource(train, valid, tokenizer, tokenizer.vocab_size if tokenizer else None, (train or valid).fingerprint())
+    sets = {name: EvalWindows(part.open(), seq_len) for name, part in named.items()}
+    vocab_size = tokenizer.vocab_size if tokenizer else None
+    return DataSource(train, valid, tokenizer, vocab_size, (train or valid).fingerprint(), sets)

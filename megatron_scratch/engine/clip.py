@@ -12,7 +12,7 @@ from megatron_scratch.parallel.layout import local
 from megatron_scratch.parallel.topology import Topology
 
 
-def _copies(gradient: torch.Tensor, world: int) -> int:
+def copies_of(gradient: torch.Tensor, world: int) -> int:
     """How many ranks of a pipeline stage hold the same numbers: all of them, over the axes that shard."""
     shards = 1
     if isinstance(gradient, DTensor):
@@ -29,7 +29,7 @@ def global_norm(gradients: Sequence[torch.Tensor], topo: Topology) -> torch.Tens
     """
     by_copies: dict[int, list[torch.Tensor]] = {}
     for g in gradients:
-        by_copies.setdefault(_copies(g, topo.world // topo.size("pp")), []).append(local(g))
+        by_copies.setdefault(copies_of(g, topo.world // topo.size("pp")), []).append(local(g))
     dtype = torch.promote_types(gradients[0].dtype, torch.float32) if gradients else torch.float32
     total = torch.zeros((), device=topo.device, dtype=dtype)
     # plain data parallel: every rank has the whole sum, no message needed

@@ -9,6 +9,7 @@ Legend: B batch, S new tokens, T tokens seen (cache included), N = B S, n = N / 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -92,6 +93,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.cfg, self.topo = cfg, topo
         self.compute_dtype, self.dense_mask = torch.float32, wants_dense(cfg.attention)
+        self.tap: Callable[[str, torch.Tensor], None] | None = None  # is shown the stream after each module, by its name
         layers = range(cfg.num_layers) if layers is None else layers
         self.first, self.last = layers.start == 0, layers.stop == cfg.num_layers
         block, norm = registry.get("block", cfg.norm_place), norm_of(cfg)
@@ -140,10 +142,20 @@ class Decoder(nn.Module):
         key = None if seed is None else torch.tensor(int(seed))  # a number, or a row of the batch's seeds
         if self.first:
             x_ND = self._embed(tokens_BS, positions_BS, key)
+            self._show("embed", x_ND)
         assert x_ND is not None, "the stream from the stage before"
         for index, layer in self.layers.items():
             x_ND = layer(x_ND, rotation, mask, key, None if cache is None else cache.layers[index])
-        return enter(self.norm(x_ND), self.topo).view(*tokens_BS.shape, -1) if self.last else x_ND
+            self._show(f"layers.{index}", x_ND)
+        if not self.last:
+            return x_ND
+        x_ND = self.norm(x_ND)
+        self._show("norm", x_ND)
+        return enter(x_ND, self.topo).view(*tokens_BS.shape, -1)
+
+    def _show(self, name: str, x_ND: torch.Tensor) -> None:
+        if self.tap is not None:
+            self.tap(name, x_ND)
 
     def _embed(self, tokens_BS: torch.Tensor, positions_BS: torch.Tensor, seed: torch.Tensor | None) -> torch.Tensor:
         """(B, S) -> (n or N, D)."""

@@ -151,15 +151,15 @@ class Pipeline:
         return made(stages[0] if single else stages, microbatches, loss_fn=lambda loss, target: loss, scale_grads=False)
 
     @torch.no_grad()
-    def forward(self, batch: Tensors) -> torch.Tensor:
+    def forward(self, batch: Tensors, shape: tuple[int, int] | None = None) -> torch.Tensor:
         """One microbatch, forward only: the last stage's output where it is, else 0. Ranks go on to the next microbatch while later
-        stages have this one."""
+        stages have this one. `shape`: of its stream, where it is not the plan's."""
         stream, sends = None, []
         for number in range(self.plan.count(self.topo)):
             if number not in self.numbers:
                 continue
             if number > 0 and number - 1 not in self.numbers:
-                stream = torch.empty(self.plan.shape, dtype=self.plan.dtype, device=self.topo.device)
+                stream = torch.empty(shape or self.plan.shape, dtype=self.plan.dtype, device=self.topo.device)
                 dist.recv(stream, group=self.topo.group("pp"), group_src=self._owner(number - 1))
             out = self.calls[self.numbers.index(number)].call[0](**batch, **({} if stream is None else {"x_ND": stream}))
             stream = out

@@ -22,6 +22,7 @@ from megatron_scratch.config.engine import replicas
 from megatron_scratch.config.fault import FaultConfig
 from megatron_scratch.config.pipeline import owned_stages, schedule_of, virtual_stages
 from megatron_scratch.config.precision import PrecisionConfig, takes
+from megatron_scratch.data.dataset import EvalWindows
 from megatron_scratch.data.loader import Batch, DataSource, Loader
 from megatron_scratch.engine import Engine, Parts, Staged
 from megatron_scratch.engine.canonical import CanonicalEngine
@@ -244,13 +245,13 @@ def loader(cfg: Config, dataset: Any, topo: Topology) -> Loader:
                   mask_eod=cfg.data.mask_eod, vocab_size=vocab, contiguous=cfg.train.canonical_reduction)  # fmt: skip
 
 
-def validation(cfg: Config, data: DataSource, topo: Topology) -> Iterator[Batch]:
-    """This rank's share of the validation windows, from the start; past the last one a batch is filled up with padding.
+def validation(cfg: Config, dataset: EvalWindows, topo: Topology) -> Iterator[Batch]:
+    """This rank's share of a set's windows, from the start; past the last one a batch is filled up with padding.
 
     Every rank gets the same number of batches: engines that gather parameters in forward need all ranks to take part.
     """
-    mine, micro = loader(cfg, data.valid, topo), cfg.train.micro_batch_size
-    for first in range(0, len(data.valid or ()), topo.size("dp") * micro):
+    mine, micro = loader(cfg, dataset, topo), cfg.train.micro_batch_size
+    for first in range(0, len(dataset), topo.size("dp") * micro):
         yield mine.batch(first + topo.index("dp") * micro)
 
 

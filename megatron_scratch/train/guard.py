@@ -66,11 +66,24 @@ class Guard:
 
     def limit(self) -> float | None:
         """The largest loss that is no spike; None before `warmup`."""
+        if (normal := self._normal()) is None:
+            return None
+        mean, deviation = normal
+        return mean + self.cfg.sigma * deviation
+
+    def score(self, loss: float) -> float | None:
+        """How many standard deviations a loss is above the mean of the last accepted ones; None before `warmup`, and where all are
+        equal."""
+        mean, deviation = self._normal() or (0.0, 0.0)
+        return (loss - mean) / deviation if deviation > 0 else None
+
+    def _normal(self) -> tuple[float, float] | None:
+        """(mean, standard deviation) of the last accepted losses."""
         n = len(self.losses)
         if n < self.cfg.warmup:
             return None
         mean = math.fsum(self.losses) / n  # fsum is exact: the order in which a resumed run adds cannot matter
-        return mean + self.cfg.sigma * math.sqrt(math.fsum((x - mean) ** 2 for x in self.losses) / (n - 1))
+        return mean, math.sqrt(math.fsum((x - mean) ** 2 for x in self.losses) / (n - 1))
 
     def _accept(self, loss: float) -> None:
         self.losses = [*self.losses, loss][-self.cfg.window :]

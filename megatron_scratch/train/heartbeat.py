@@ -22,21 +22,26 @@ import torch.distributed as dist
 from megatron_scratch.parallel.topology import Topology
 
 SIZE = 1024  # bytes of a record: one block, written at once
-LONG = frozenset({"start", "load", "compile", "save"})  # phases without steps: as long as the process works, all is well
+LONG = frozenset({"start", "load", "compile", "save", "profile"})  # phases without steps: as long as the process works, all is well
 
 
 class Pulse:
     """What the training thread is at. To be told costs it an attribute; nobody but the watch's thread looks."""
 
-    def __init__(self, compiles: bool = False) -> None:
-        """`compiles`: the first pass of each kind may take minutes, without a step in it."""
-        self.phase, self.step, self.ticks = "start", 0, 0
+    def __init__(self, compiles: bool = False, told: Callable[[str], None] = lambda phase: None) -> None:
+        """
+        Args:
+            compiles: the first pass of each kind may take minutes, without a step in it.
+            told: is called with each phase that begins.
+        """
+        self.phase, self.step, self.ticks, self.told = "start", 0, 0, told
         self.fresh = {"forward/backward", "evaluate"} if compiles else set()
 
     def enter(self, phase: str) -> None:
         self.phase = "compile" if phase in self.fresh else phase
         self.fresh.discard(phase)
         self.ticks += 1
+        self.told(self.phase)
 
     def tick(self) -> None:
         """A microbatch is done."""

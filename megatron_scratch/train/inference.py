@@ -77,7 +77,7 @@ def evaluate_run(args: EvalArgs) -> str:
         raise UserError(f"the data of {args.run} has no validation set; give data=DIR")
     _refuse_other_tokenizer(trained.folder.parent.parent, args.data, data.tokenizer)
     cfg.train.micro_batch_size = args.micro_batch_size
-    batches = build.validation(cfg, data, SINGLE)
+    batches = build.validation(cfg, data.valid, SINGLE)
     device = next(trained.model.parameters()).device
     topo = replace(SINGLE, device=device)
     result = evaluate([trained.model], lambda batch: trained.model(*to_device(batch, device)), batches, topo,

@@ -12,7 +12,7 @@ from megatron_scratch.checkpoint.uploads import Event, Uploads
 from megatron_scratch.config.train import CheckpointConfig
 from megatron_scratch.parallel.collectives import gather_json
 from megatron_scratch.parallel.topology import Topology
-from megatron_scratch.train.metrics import View
+from megatron_scratch.train.console import View
 from megatron_scratch.train.rundir import RunDir
 from megatron_scratch.train.step import StepResult
 from megatron_scratch.util.errors import RunFailed, UserError

@@ -15,13 +15,14 @@ from megatron_scratch.engine.canonical import CanonicalEngine, sum_over_ranks, t
 from megatron_scratch.models.linear import check_ids
 from megatron_scratch.models.objective import IGNORE
 from megatron_scratch.parallel.pipeline import Pipeline
+from megatron_scratch.parallel.tensor import token_part
 from megatron_scratch.parallel.topology import Topology
 from megatron_scratch.train.heartbeat import Pulse
 from megatron_scratch.train.own_time import OwnTime
 
 
 class Passes(Protocol):
-    """Both methods are collective, and give a scalar on the device: what this rank adds to the sum over the world."""
+    """All methods are collective. Two give a scalar on the device: what this rank adds to the sum over the world."""
 
     engine: Engine
     pulse: Pulse
@@ -34,6 +35,9 @@ class Passes(Protocol):
 
     def loss(self, batch: Batch) -> torch.Tensor:
         """Forward only: the sum of one microbatch's losses."""
+
+    def logits(self, tokens_BS: torch.Tensor, last_B: torch.Tensor) -> torch.Tensor | None:
+        """Forward only: of the token after the one at `last_B` in each row, (B, V); None on a rank without the last layer."""
 
 
 def to_device(batch: Batch, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
@@ -66,6 +70,9 @@ class WholeModel:
 
     def loss(self, batch: Batch) -> torch.Tensor:
         return self._mine(self.engine.forward(*to_device(batch, self.topo.device)))
+
+    def logits(self, tokens_BS: torch.Tensor, last_B: torch.Tensor) -> torch.Tensor | None:
+        return self.engine.forward(tokens_BS, None, None, None, None, None, last_B)
 
     def _mine(self, loss: torch.Tensor) -> torch.Tensor:
         return loss.detach() if self.topo.counts_tokens else torch.zeros_like(loss.detach())  # tp ranks have the same one
@@ -105,6 +112,12 @@ class Stages:
     def loss(self, batch: Batch) -> torch.Tensor:
         loss = self.pipeline.forward(self._tensors([batch]))
         return loss if self.topo.index("tp") == 0 else torch.zeros_like(loss)
+
+    def logits(self, tokens_BS: torch.Tensor, last_B: torch.Tensor) -> torch.Tensor | None:
+        part = token_part(tokens_BS.numel(), self.topo)
+        shape = (part.stop - part.start, self.pipeline.plan.shape[1])
+        out = self.pipeline.forward({"tokens_BS": tokens_BS, "last_B": last_B}, shape)
+        return out if self.pipeline.has_loss else None
 
     def _tensors(self, batches: list[Batch]) -> dict[str, torch.Tensor]:
         """The microbatches one below the other, by the names of the model's arguments."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,9 @@ from megatron_scratch.parallel import Topology
 from megatron_scratch.parallel.collectives import gather_json
 from megatron_scratch.train import build
 from megatron_scratch.train.batches import BatchPlan
+from megatron_scratch.train.console import View
 from megatron_scratch.train.guarantee import WRITTEN_BY, guarantee
 from megatron_scratch.train.guard import Guard
-from megatron_scratch.train.metrics import View
 from megatron_scratch.train.rundir import RunDir
 from megatron_scratch.util.errors import RunFailed, UserError
 
@@ -26,9 +26,12 @@ IMPORTED = "imported"  # a key of checkpoints that no run has written: weights, 
 
 def resume(
     cfg: Config, run_dir: RunDir, engine: Engine, plan: BatchPlan, facts: dict[str, Any], topo: Topology, view: View,
-    guard: Guard,
+    guard: Guard, remembered: Callable[[Mapping[str, Any], bool], None] = lambda extra, own: None,
 ) -> int | None:  # fmt: skip
     """Load what `checkpoint.resume` says into the engine, the guard and its loss scaler; collective.
+
+    Args:
+        remembered: is called with the JSON of the checkpoint, and whether that is the run's own.
 
     Returns:
         The step to go on from, None where the run begins.
@@ -46,6 +49,7 @@ def resume(
     step = manifest.step
     plan.rebase(step, int(manifest.extra["samples"]))
     guard.load(manifest.extra)
+    remembered(manifest.extra, own)
     holds = guarantee(manifest.extra.get(WRITTEN_BY), build.written_by(cfg, topo))
     if IMPORTED in manifest.extra:
         holds = "the weights of an imported model, no optimizer state"

@@ -12,9 +12,9 @@ from dataclasses import replace
 
 from megatron_scratch.parallel.topology import Topology
 from megatron_scratch.train.batches import BatchPlan
+from megatron_scratch.train.console import View
 from megatron_scratch.train.guard import Guard
-from megatron_scratch.train.hooks import Rates
-from megatron_scratch.train.metrics import View
+from megatron_scratch.train.rates import Rates
 from megatron_scratch.train.rundir import RunDir
 from megatron_scratch.train.step import StepResult
 

@@ -26,6 +26,8 @@ class RunDir:
         self.config = self.path / "config.yaml"
         self.checkpoints = self.path / "checkpoints"
         self.metrics = self.path / "metrics.jsonl"
+        self.layers = self.path / "layers.jsonl"  # statistics of each layer, with train.layers_every
+        self.samples = self.path / "samples.jsonl"  # text of the model, with train.samples.every
         self.ledger = self.path / "ledger.jsonl"
         self.logs = self.path / "logs"
         self.plot = self.path / "loss.png"
@@ -94,23 +96,66 @@ class RunDir:
         self.fence()
         _append(self.metrics, row)
 
+    def log_layers(self, row: dict[str, Any]) -> None:
+        """Append one row of statistics by layer."""
+        self.fence()
+        _append(self.layers, row)
+
+    def sample(self, row: dict[str, Any]) -> None:
+        """Append one text of the model."""
+        self.fence()
+        _append(self.samples, row)
+
     def last(self, key: str) -> Any:
         """The newest value of a metric, or None."""
-        rows = read_jsonl(self.metrics) if self.metrics.exists() else []
-        return next((row[key] for row in reversed(rows) if key in row), None)
+        return next((row[key] for row in reversed(_read(self.metrics)) if key in row), None)
 
     def rewind(self, step: int) -> None:
-        """Drop metrics after `step`: a resumed run computes those steps again, and the file keeps one row a step."""
-        if not self.metrics.exists():
-            return
-        rows = read_jsonl(self.metrics)
-        with atomic_write(self.metrics, "w") as f:
-            f.writelines(json.dumps(row) + "\n" for row in rows if row["step"] <= step)
+        """Drop the rows after `step`: a resumed run computes those steps again, and the files keep one row a step.
+
+        The ledger's `rewind` says what is thrown away: up to which step, and how much time of steps."""
+        rows = _read(self.metrics)
+        for path in (self.metrics, self.layers, self.samples):
+            _keep(path, step)
+        if rows and (last := max(row["step"] for row in rows)) > step:
+            self.record("rewind", step=step, to=last, seconds=round(_seconds_after(step, rows), 3))
+
+
+def _keep(path: Path, step: int) -> None:
+    """Only the rows up to `step`, each in a line of its own; a file that has no others is left as it is."""
+    rows = _read(path)
+    kept = [row for row in rows if row["step"] <= step]
+    if len(kept) < len(rows) or _torn(path):
+        with atomic_write(path, "w") as f:
+            f.writelines(json.dumps(row) + "\n" for row in kept)
+
+
+def _torn(path: Path) -> bool:
+    """Whether a killed process has left half a last line, which the next row would be added to."""
+    if not path.exists() or not path.stat().st_size:
+        return False
+    with open(path, "rb") as f:
+        f.seek(-1, os.SEEK_END)
+        return f.read(1) != b"\n"
+
+
+def _seconds_after(step: int, rows: list[dict[str, Any]]) -> float:
+    """How long the logged steps after `step` took."""
+    before, seconds = step, 0.0
+    for row in rows:
+        if row["step"] > step and "step_seconds" in row:
+            seconds += row["step_seconds"] * (row["step"] - before)
+            before = row["step"]
+    return seconds
 
 
 def _append(path: Path, row: dict[str, Any]) -> None:
     with open(path, "a", encoding="utf-8") as f:
         f.write(json.dumps(row) + "\n")
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    return read_jsonl(path) if path.exists() else []
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:

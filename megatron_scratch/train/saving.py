@@ -8,10 +8,10 @@ from typing import Any
 
 from megatron_scratch.checkpoint.saver import Saved, Saver
 from megatron_scratch.engine import Engine
-from megatron_scratch.train.hooks import Rates
+from megatron_scratch.train.console import View
 from megatron_scratch.train.loop import Every
-from megatron_scratch.train.metrics import View
 from megatron_scratch.train.mirror import Mirror
+from megatron_scratch.train.rates import Rates
 from megatron_scratch.train.replicas import check_finite, check_replicas
 from megatron_scratch.train.rundir import RunDir
 from megatron_scratch.train.step import StepResult

@@ -31,6 +31,8 @@ class StepResult:
     done: int  # steps done after this one
     verdict: Verdict = Verdict()
     save: bool = False  # a rank was told to save a checkpoint now
+    score: float | None = None  # of the loss: standard deviations above the mean of the last accepted ones
+    scale: float | None = None  # that the loss was multiplied by before backward, where there is a loss scaler
 
     @property
     def skipped(self) -> str:
@@ -62,9 +64,10 @@ class TrainStep:
         part, samples, asked = self.gradients(step)
         engine, lr = self.passes.engine, self.lr_at(step)
         pulse.enter("reduce")
-        device_norm = engine.norm(self.guard.scale)
+        scale = self.guard.scale
+        device_norm = engine.norm(scale)
         loss, norm = shared_numbers(part, device_norm, self.topo)
-        verdict = self.guard.judge(loss, norm)
+        score, verdict = self.guard.score(loss), self.guard.judge(loss, norm)
         pulse.enter("update")
         if verdict.applied:
             self.before_update()
@@ -73,7 +76,7 @@ class TrainStep:
             engine.drop()
         pulse.enter("hooks")
         pulse.step = step + 1
-        return StepResult(loss, norm, lr, samples, told(asked, STOP), step + 1, verdict, told(asked, SAVE))
+        return StepResult(loss, norm, lr, samples, told(asked, STOP), step + 1, verdict, told(asked, SAVE), score, scale)
 
     def gradients(self, step: int) -> tuple[torch.Tensor, int, int]:
         """The first half of a step: forward and backward of all its microbatches. (loss, samples, what the ranks were asked for).

@@ -11,8 +11,8 @@ import torch
 from megatron_scratch.parallel.collectives import all_reduce_world
 from megatron_scratch.parallel.topology import Topology
 from megatron_scratch.train import heartbeat
+from megatron_scratch.train.console import View
 from megatron_scratch.train.loop import Every
-from megatron_scratch.train.metrics import View
 from megatron_scratch.train.rundir import RunDir
 from megatron_scratch.train.step import StepResult
 

@@ -117,6 +117,21 @@ def prepare_recorder(entries: int) -> None:
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", str(entries))
 
 
+def prepare_profiler() -> None:
+    """Before torch's profiler starts: it says nothing on stderr (two lines a start, torch 2.13), unless the user asked for that."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+
+
+def prepare_wandb(folder: Path) -> None:
+    """Before wandb is imported, in a process that has a run: what the client keeps beside the run is in `folder`, not in a home that
+    may be full or not there; nothing is told to its makers (of a server that hangs, that took 20 s, wandb 0.31); and it does not
+    wait for ever. The user's own word counts."""
+    for name, value in {"CACHE_DIR": folder, "DATA_DIR": folder, "ARTIFACT_DIR": folder, "ERROR_REPORTING": "false",
+                        "INIT_TIMEOUT": 30, "FINISH_TIMEOUT": 7}.items():  # fmt: skip
+        os.environ.setdefault(f"WANDB_{name}", str(value))
+    os.environ.pop("WANDB_SERVICE", None)  # a client of a process above this one
+
+
 def prepare_deepspeed(local_rank: int, cpu: bool) -> None:
     """Set, where they are missing, the variables that DeepSpeed reads when it is imported; its own launcher would.
 

@@ -75,3 +75,34 @@ def outlive_signals() -> None:
         signal.signal(number, signal.SIG_IGN)
     die_with_parent()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+
+def outlive_rank(seconds: int) -> None:
+    """Like `outlive_signals`, for a process that has something to finish when its rank has died. The kernel ends it after `seconds`
+    (SIGALRM), whatever hangs by then; one that hears of the end otherwise sets `signal.alarm` itself."""
+    rank = os.getppid()
+
+    def heard(*args: Any) -> None:
+        if os.getppid() != rank:
+            signal.alarm(seconds)
+
+    signal.signal(signal.SIGTERM, heard)
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    die_with_parent()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+
+@cache
+def code_version() -> str | None:
+    """The commit of the checkout that this code is in, with `+changes` where files of it differ; None where it is in none."""
+    here = Path(__file__).resolve().parents[2]
+    if not (here / ".git").exists() or shutil.which("git") is None:
+        return None
+    asked = ["git", "-C", str(here), "describe", "--always", "--abbrev=40", "--dirty=+changes", "--exclude=*"]
+    try:
+        told = subprocess.run(asked, capture_output=True, text=True, check=False, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return told.stdout.strip() or None if told.returncode == 0 else None

@@ -37,19 +37,13 @@ def test_what_a_run_leaves_behind(trained: Path) -> None:
     lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
     steps = [r for r in lines if "loss" in r]
     assert [r["step"] for r in steps] == list(range(1, 21)) and [r["step"] for r in lines if "val_loss" in r] == [10, 20]
-    keys = {
-        "step",
-        "loss",
-        "lr",
-        "grad_norm",
-        "tokens",
-        "tokens_per_second",
-        "step_seconds",
-        "mfu",
-        "mfu_full_attention",
-        "memory_gib",
-    }
+    keys = {"step", "time", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "step_seconds", "data_seconds",
+            "forward_backward_seconds", "optimizer_seconds", "checkpoint_seconds", "mfu", "mfu_full_attention",
+            "memory_gib"}  # fmt: skip
     assert set(steps[0]) == keys
+    for row in steps:
+        parts = row["data_seconds"] + row["forward_backward_seconds"] + row["optimizer_seconds"]
+        assert 0 < parts <= row["step_seconds"], "where a step's time goes; writing of rows is left"
     assert steps[-1]["tokens"] == 20 * 8 * 32 and 0 < steps[-1]["mfu"] < steps[-1]["mfu_full_attention"]
     assert steps[-1]["loss"] < steps[0]["loss"] - 1.0, "it learns"
 

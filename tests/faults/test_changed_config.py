@@ -75,6 +75,9 @@ FREE = [
     "name=another", "train.log_every=5", "train.eval_every=1", "train.eval_batches=2", "train.peak_tflops=2", "logging=console",
     "data.check_ids=false", "data.valid={other}", "data.dir=null data.train={corpus}/train", "checkpoint.every=3",
     "checkpoint.keep_last=0", "parallel.recompute=full",
+    "train.profile.steps=[1,1] train.profile.ranks=null train.profile.memory=true", "train.layers_every=1",
+    "data.valid_sets={{wiki:{other}}}",
+    "train.samples.every=1 train.samples.prompts=[a] train.samples.tokens=4 train.samples.temperature=0.5 train.samples.top_k=3",
 ]  # fmt: skip
 
 # Leaves of the sections that have no row above: why not.

@@ -21,7 +21,7 @@ from megatron_scratch.checkpoint.manifest import step_folder, tensor, verify
 from megatron_scratch.data.loader import Loader
 from megatron_scratch.engine import zero
 from megatron_scratch.parallel import Topology
-from megatron_scratch.train import worker
+from megatron_scratch.train import session
 
 STEPS, BATCH = 3, 8
 RUN = ["model.num_layers=5", "model.dropout=0.1", "schedule=constant", "optim.lr=1e-3", f"train.global_batch_size={BATCH}",
@@ -76,7 +76,7 @@ def go(corpus: Path, path: Path, model: str, layout: str, *more: str) -> Path:
 @pytest.fixture(autouse=True)
 def watched(monkeypatch: pytest.MonkeyPatch) -> None:
     """The forked ranks write down the samples that they are dealt, and save what they have loaded before they go on."""
-    deal, resume = Loader.microbatches, worker.resume
+    deal, resume = Loader.microbatches, session.resume
     here: list[Any] = []  # this rank's topology and run directory
 
     def resumed(cfg: Any, run_dir: Any, engine: Any, *rest: Any) -> int | None:
@@ -92,7 +92,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> None:
             f.writelines(f"{json.dumps([self.dp_rank, batch.first_sample])}\n" for batch in batches)  # of one sample each
         return batches
 
-    monkeypatch.setattr(worker, "resume", resumed)
+    monkeypatch.setattr(session, "resume", resumed)
     monkeypatch.setattr(Loader, "microbatches", dealt)
 
 

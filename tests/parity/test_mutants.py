@@ -83,7 +83,7 @@ REDUCTIONS: list[Mutant] = [
 ]  # fmt: skip
 COUNTS: list[Mutant] = [
     ("a norm counted twice: replicated parameters once per tp rank",
-     replace(clip, "_copies", lambda g, world: 1), LLAMA, [], "gradient norm"),
+     replace(clip, "copies_of", lambda g, world: 1), LLAMA, [], "gradient norm"),
     ("a norm counted short: only what this rank holds",
      replace(clip, "all_reduce_world", lambda x, topo: x), SHARDED, [], "gradient norm"),
     ("gradients averaged over dp",

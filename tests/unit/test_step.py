@@ -48,7 +48,7 @@ def test_evaluation_is_the_mean_over_the_whole_set(corpus: Path, tmp_path: Path)
     (model,), engine = build.build_engine(cfg, SINGLE)
     assert data.valid is not None and data.tokenizer is not None
     cfg.train.micro_batch_size = 7  # does not divide the number of windows
-    batches, sizes = build.validation(cfg, data, SINGLE), data.tokenizer.bytes_per_id
+    batches, sizes = build.validation(cfg, data.valid, SINGLE), data.tokenizer.bytes_per_id
     found = evaluate([model], WholeModel(engine, SINGLE).loss, batches, SINGLE, sizes, None)
     total, count, length = 0.0, 0, 0
     with torch.no_grad():

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from megatron_scratch.config import Config, compose
 from megatron_scratch.config.launcher import ClusterConfig, SlurmConfig
+from megatron_scratch.config.logging import WandbConfig, sinks
 from megatron_scratch.launch import slurm
 from megatron_scratch.launch.resolve import resolve, world_size
 from megatron_scratch.launch.sweep.here import check_gpus
@@ -57,6 +58,9 @@ def _config(sweep: Sweep, point: Point, asked: Words, folders: list[str]) -> tup
     cfg = compose.load([*sweep.fixed, *point.overrides, f"name={sweep.name_of(point)}", f"dir='{sweep.home(point)}'"], folders)
     world = world_size(cfg)
     cfg = resolve(cfg, world)
+    for _, settings in sinks(cfg.logging):
+        if isinstance(settings, WandbConfig) and settings.group is None:
+            settings.group = sweep.name
     remote = cfg.checkpoint.remote
     if remote is not None and cfg.name not in remote:
         raise UserError(f"checkpoint.remote={remote} is the same for all points; write checkpoint.remote='.../${{name}}'")

@@ -1,0 +1,244 @@
+"""Weights & Biases: one run there for a run here, whatever its layout and however often it starts.
+
+Where the run stands is asked of W&B's own record, the server's or that on disk, and what it lacks is read from the run's files: no
+row depends on what an earlier process remembered. Without a server or a key all goes to disk, for `wandb sync`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+from typing import Any
+
+from megatron_scratch.config.logging import WandbConfig
+from megatron_scratch.logs import wandb_file, wandb_steps
+from megatron_scratch.logs.alerts import alert
+from megatron_scratch.logs.sink import Begin, Row
+from megatron_scratch.logs.tail import Rows
+from megatron_scratch.util.env import prepare_wandb
+from megatron_scratch.util.exits import STOPPED
+from megatron_scratch.util.files import write_json
+
+OLD = timedelta(days=1)  # what happened before that is no news: W&B may be added to a run that is there
+LOWEST = ("train/loss", "val/*")  # of which the best is worth knowing
+LISTED = 64  # files of a checkpoint whose hashes W&B is told
+
+
+class Wandb:
+    def __init__(self, settings: WandbConfig, begin: Begin, say: Callable[[str], None]) -> None:
+        """
+        Raises:
+            ImportError: there is no wandb.
+        """
+        self.settings, self.begin, self.say = settings, begin, say
+        self.folder = begin.run_dir / "wandb"
+        prepare_wandb(self.folder / "cache")
+        import wandb
+
+        self.wandb: Any = wandb
+        self.told = Told(self.folder / "told.json")
+        self.run: Any = self._open()
+        self._describe()
+        self.steps = self._where()
+        self._catch_up()
+
+    # Opening
+
+    def _open(self) -> Any:
+        """The run, at the server if it answers, else on disk."""
+        if self.settings.mode == "offline":
+            return self._on_disk("")
+        try:
+            run = self._init("online")
+        except Exception as error:  # of many kinds: the client raises its own, and what it stumbles over
+            self.wandb.teardown()  # which still holds the run's id
+            return self._on_disk(_why(error))
+        self.say(f"{'goes on' if run.resumed else 'begins'} at {run.url}")
+        for path in wandb_file.files(self.folder, run.id):  # all that these have comes from the run's own files
+            if path.parent.name.startswith("offline-"):
+                path.with_name(path.name + ".synced").touch()
+        return run
+
+    def _on_disk(self, why: str) -> Any:
+        run = self._init("offline")
+        self.say(f"{why}{'; ' if why else ''}the run is recorded in {Path(run.dir).parent}; to send it: wandb sync {self.folder}")
+        return run
+
+    def _init(self, mode: str) -> Any:
+        s, begin = self.settings, self.begin
+        return self.wandb.init(
+            id=begin.state["id"], resume="allow", mode=mode, dir=str(begin.run_dir), project=s.project, entity=s.entity,
+            name=s.name or begin.name, group=s.group, job_type=s.job_type, tags=list(s.tags) or None, notes=s.notes,
+            settings=self._client(), reinit="finish_previous",
+        )  # fmt: skip
+
+    def _client(self) -> Any:
+        """Settings of the client; those that an older one does not have are left out."""
+        wanted = {
+            "console": "off",  # what ranks print is in RUN/logs, and this process prints nothing of interest
+            "save_code": False, "disable_code": True, "disable_git": True,  # a diff of the user's checkout is not ours to send
+            "program": "megatron-scratch", "program_relpath": "megatron-scratch", "program_abspath": "",
+            "x_stats_pid": os.getppid(),  # the rank, not this process
+            "x_transaction_log_flush_interval": 1.0,  # seconds of rows that a kill can take
+            "finish_timeout_raises": True,
+            "max_end_of_run_history_metrics": 0, "max_end_of_run_summary_metrics": 0,
+        }  # fmt: skip
+        known = self.wandb.Settings.model_fields
+        return self.wandb.Settings(**{key: value for key, value in wanted.items() if key in known})
+
+    def _describe(self) -> None:
+        """What W&B knows of the run beside its rows. Of a run that goes on, the newest config counts."""
+        facts = {key: value for key, value in self.begin.facts.items() if key not in ("time", "event", "step")}
+        self.run.config.update({**self.begin.config, "start": facts}, allow_val_change=True)
+        for axis in ("step", "tokens"):
+            self.run.define_metric(axis)
+        self.run.define_metric("*", step_metric="step")
+        for name in LOWEST:
+            self.run.define_metric(name, step_metric="step", summary="last,min")
+
+    def _where(self) -> wandb_steps.Steps:
+        """After which row of the run to go on."""
+        if self.run.offline:
+            paths = [path for path in wandb_file.files(self.folder, self.run.id) if path.stat().st_size]
+            newest = next((row for row in map(wandb_file.last_row, reversed(paths)) if row), {})
+            there, last = int(newest.get("_step", -1)), newest.get("step")
+        else:  # after an outage a server may have less than was sent
+            there = self.run.step - 1 if self.run.resumed else -1
+            last = self.run.summary.get("step") if there >= 0 else None
+        state = self.begin.state
+        last = int(there - state.get("offset", 0) if last is None else last)
+        steps = wandb_steps.Steps(last, there - last, int(state.get("high", -1)))
+        if state.get("attempt") != self._attempt():  # else this start of the run has been here already
+            steps.rewound(self.begin.start_step)
+        return steps
+
+    def _attempt(self) -> Any:
+        return self.begin.facts.get("attempt")
+
+    def _catch_up(self) -> None:
+        """Take from the run's files what W&B does not have."""
+        for name, take in (("metrics", self.metrics), ("layers", self.layers), ("samples", self.sample)):
+            file = Rows(self.begin.run_dir / f"{name}.jsonl")
+            while rows := file.new():
+                for row in rows:
+                    if "step" in row:
+                        take(row)
+
+    # Rows
+
+    def metrics(self, row: Row) -> None:
+        self.steps.add(wandb_steps.metrics(row))
+
+    def layers(self, row: Row) -> None:
+        self.steps.add(wandb_steps.layers(row))
+
+    def sample(self, row: Row) -> None:
+        """As a table of the step, in which all of its prompts are."""
+        if self.settings.artifacts:
+            self.steps.add_sample(row)
+
+    def rewound(self, step: int) -> None:
+        self.steps.rewound(step)
+
+    def flush(self) -> dict[str, Any]:
+        self._send(all_of_it=False)
+        steps = self.steps
+        return {"step": steps.last, "offset": steps.offset, "high": steps.high, "attempt": self._attempt()}
+
+    def _send(self, all_of_it: bool) -> None:
+        for step, values in self.steps.ready(all_of_it):
+            if samples := values.get(wandb_steps.SAMPLES):
+                columns = list(samples[0])
+                table = self.wandb.Table(columns=columns, data=[[row.get(name) for name in columns] for row in samples])
+                values = {**values, wandb_steps.SAMPLES: table}
+            self.run.log(values, step=step, commit=True)
+
+    # What happens to the run
+
+    def event(self, row: Row) -> None:
+        """An alert, or a checkpoint; each once, also if the ledger is read again."""
+        kind, news = row.get("event"), alert(row) if self.settings.alerts else None
+        saved = self.settings.artifacts and kind == ("uploaded" if self.begin.config["checkpoint"]["remote"] else "save")
+        if not (news or saved) or not _is_new(row) or row in self.told:
+            return
+        if news is not None:
+            self.run.alert(news.title, news.text, level=news.level, wait_duration=0)
+        if saved:
+            self._checkpoint(row)
+        self.told.add(row)
+
+    def _checkpoint(self, row: Row) -> None:
+        """A reference to it: nothing is uploaded, and nothing hashed, as its manifest has done that."""
+        folder = self.begin.run_dir / "checkpoints" / f"step_{row['step']:08d}"
+        try:
+            manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):  # retired since
+            return
+        files = manifest["files"]
+        url = f"{row['url']}/{folder.name}" if "url" in row else folder.absolute().as_uri()
+        facts = {"step": row["step"], "url": url, "format": manifest["format"], "manifest_sha256": manifest["sha256"],
+                 "bytes": sum(file["bytes"] for file in files.values())}  # fmt: skip
+        if len(files) <= LISTED:
+            facts["sha256"] = {name: file["sha256"] for name, file in files.items()}
+        name = re.sub(r"[^A-Za-z0-9_.-]", "_", f"{self.begin.name}-checkpoint")[:128]
+        artifact = self.wandb.Artifact(name, "model", metadata=facts)
+        try:
+            artifact.add_reference(url, checksum=False)
+        except Exception as error:  # boto3 is not there; or the folder is gone by now
+            return self.say(f"no reference to {url} at W&B: {' '.join(str(error).split())}")
+        self.run.log_artifact(artifact, aliases=["latest", f"step_{row['step']}"])
+
+    def close(self, outcome: str, code: int) -> None:
+        self._send(all_of_it=True)
+        if code == STOPPED:
+            self.run.mark_preempting()  # then it is not called failed there
+        try:
+            self.run.finish(exit_code=code)
+        except TimeoutError:
+            folder = Path(self.run.dir).parent
+            self.say("W&B has not taken everything in time; the next start of the run sends it, or else: "
+                     f"wandb sync --include-online {folder}")  # fmt: skip
+
+
+class Told:
+    """Events that W&B has been told of: a file, written after each."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self.keys: list[str] = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            self.keys = []
+
+    def __contains__(self, row: Row) -> bool:
+        return _key(row) in self.keys
+
+    def add(self, row: Row) -> None:
+        self.keys = [*self.keys, _key(row)][-1000:]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(self.path, self.keys)
+
+
+def _key(row: Row) -> str:
+    return f"{row.get('time')} {row.get('event')} {row.get('step', '')}"
+
+
+def _is_new(row: Row) -> bool:
+    try:
+        return datetime.now(timezone.utc) - datetime.strptime(str(row["time"]), "%Y-%m-%dT%H:%M:%S%z") < OLD
+    except (KeyError, ValueError):
+        return False
+
+
+def _why(error: Exception) -> str:
+    """What kept a run from W&B, and what would mend it."""
+    text = " ".join(str(error).split())
+    if "API key" in text or "api_key" in text:
+        return "no key for W&B, give WANDB_API_KEY or call `wandb login` once"
+    if "401" in text or "403" in text:
+        return f"W&B does not accept the key in WANDB_API_KEY or ~/.netrc ({text[:200]})"
+    return f"W&B cannot be reached ({text[:200]})"

@@ -1,0 +1,1 @@
+"""A run and its traces as pages, pictures and tables. No torch."""
