@@ -10,6 +10,7 @@ from megatron_scratch.config.engine import HSDPConfig, Zero3Config
 from megatron_scratch.config.model import ModelConfig
 from megatron_scratch.config.optim import ScheduleConfig
 from megatron_scratch.config.pipeline import schedule_of, virtual_stages
+from megatron_scratch.config.profile import ProfileConfig
 from megatron_scratch.config.samples import SamplesConfig
 from megatron_scratch.config.schema import Config, check
 from megatron_scratch.config.train import BatchRamp, ParallelConfig, check_parallel
@@ -71,7 +72,7 @@ def shrink(cfg: Config, world: int) -> Config:
     if isinstance(small.engine, Zero3Config):  # norms and biases stay whole, as before, and matrices are gathered
         small.engine.persist = min(small.engine.persist, small.model.hidden_size)
     t.seq_len, t.ramp, t.compile = small.model.max_seq_len, BatchRamp(), False
-    t.layers_every, t.samples = 0, SamplesConfig()
+    t.layers_every, t.samples, t.profile = 0, SamplesConfig(), ProfileConfig()
     small.launcher.processes = world
     small.schedule = ScheduleConfig()
     small.model.norm_kernel, small.model.attention = "torch", portable(small.model.attention)  # a CPU has no others

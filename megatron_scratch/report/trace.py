@@ -121,7 +121,8 @@ class _Host:
         notes = [e for e in events if e.get("cat") == "user_annotation"]
         phases = sorted((e for e in notes if e["tid"] == main and e["name"].startswith("phase: ")), key=_start)
         self.begins, self.phases = [_start(e) for e in phases], [(e["name"].removeprefix("phase: "), _end(e)) for e in phases]
-        self.messages = [Span(_start(e), _end(e), "communication", e["name"]) for e in notes if is_message(e["name"])]
+        # gloo's own spans are how long a message takes; NCCL's on the host are how long it takes to ask for one.
+        self.messages = [Span(_start(e), _end(e), "communication", e["name"]) for e in notes if e["name"].startswith("gloo:")]
         spans = [(begin, end, name) for begin, (name, end) in zip(self.begins, self.phases, strict=True)]
         self.data = [Span(begin, end, "data", "") for begin, end, name in spans if name == "data"]
         self.data += [Span(begin, end, "between steps", "") for begin, end, name in spans if name in BETWEEN]

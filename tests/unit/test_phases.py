@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 import torch
 
 from megatron_scratch.train.heartbeat import Pulse
@@ -75,3 +76,24 @@ def test_half_a_last_line_does_not_spoil_the_next_row(tmp_path: Path) -> None:
     run.rewind(5)
     run.log({"step": 6, "loss": 2.0})
     assert [row["step"] for row in read_jsonl(run.metrics)] == [1, 6]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_marks_on_a_gpu_are_when_the_device_comes_to_them() -> None:
+    """The host is through with a phase long before the device: what counts is the device's time."""
+    device = torch.device("cuda", 0)
+    phases = Phases(device)
+    pulse = Pulse(told=phases.entered)
+    a = torch.randn(4096, 4096, device=device)
+    a @ a
+    phases.since_last()
+    before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    pulse.enter("forward/backward")
+    before.record()
+    for _ in range(200):
+        a @ a
+    after.record()
+    pulse.enter("hooks")
+    found = phases.since_last()["forward_backward_seconds"]
+    assert 0.9 < found / (before.elapsed_time(after) / 1000) < 1.1, "two pairs of events around the same kernels"

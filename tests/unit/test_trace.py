@@ -103,6 +103,7 @@ def test_a_gpu_is_told_by_its_kernels_and_by_what_launched_them() -> None:
               kernel("sm90_xmma_gemm_bf16", 310, 320), kernel("flash_fwd_cutlass", 320, 330),
               op("aten::mm", 500, 510), launch(501, 5), kernel("newton_schulz_gemm", 505, 705, 5),
               kernel("Memcpy HtoD", 950, 960, cat="gpu_memcpy"),
+              note("nccl:all_reduce", 400, 450),
               event("gpu_user_annotation", "part: norm", 150, 200, 7), op("aten::mul", 960, 970)]  # fmt: skip
     found = account({"traceEvents": events})
     assert found.on_gpu and found.wall == 1_000_000
