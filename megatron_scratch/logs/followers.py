@@ -17,7 +17,7 @@ from typing import Any
 from megatron_scratch.config import Config
 from megatron_scratch.config.logging import sinks
 from megatron_scratch.logs.follow import GAVE_UP
-from megatron_scratch.logs.state import SENT, identify, read_state
+from megatron_scratch.logs.state import identify, read_state
 from megatron_scratch.util.exits import OK
 from megatron_scratch.util.machine import start_helper
 
@@ -49,9 +49,10 @@ class Followers:
                 self.lines.append(f"{name}: cannot be started: {error}; the run goes on without it")
 
     def state(self, step: int) -> dict[str, Any]:
-        """Sink -> JSON for the checkpoint of `step`."""
+        """Sink -> JSON for the checkpoint of `step`: what `flush` returned, without lists and dictionaries, which may be long."""
         kept = {name: read_state(self.run_dir, name) for name in self.ends}
-        return {name: {**{k: v for k, v in state.items() if k != SENT}, "step": step} for name, state in kept.items() if state}
+        plain = {name: {k: v for k, v in state.items() if not isinstance(v, (list, dict))} for name, state in kept.items()}
+        return {name: {"step": step, **state} for name, state in plain.items() if state}
 
     def told(self) -> list[str]:
         """What followers have said since the last call, for the person who watches. One that has died is started anew."""

@@ -23,7 +23,8 @@ class Begin:
     config: dict[str, Any]  # the resolved config; there are no secrets in one
     name: str  # of the run
     state: dict[str, Any]  # "id": of this run at this sink, 8 letters or digits; and what `flush` returned last, in any earlier
-    # process. "step", where that is lost (run.json is gone): that of the checkpoint which remembered the rest
+    # process. Where run.json is lost, what of that a checkpoint remembers (no lists, no dictionaries), and "step", the checkpoint's
+    # unless `flush` gives one; all rows come again then
     start_step: int  # the run goes on after this step
     facts: Row  # the newest `start` of the ledger
 

@@ -65,4 +65,3 @@ class Rows:
         assert self.file is not None
         self.file.seek(self.offset)
         return self.file.read(size)
-

@@ -37,15 +37,14 @@ class Tensorboard:
     def __init__(self, settings: TensorboardConfig, begin: Begin, say: Callable[[str], None]) -> None:
         self.folder = Path(settings.dir) if settings.dir else begin.run_dir / "tensorboard"
         self.folder.mkdir(parents=True, exist_ok=True)
-        state = begin.state
+        state = {} if "step" in begin.state else begin.state  # all rows come again, and what files there are holds no more
         self.newest: int = state.get("newest", -1)  # step
         self.notes: list[list[Any]] = state.get("notes", [])  # [step, time, tag, text]
         self._cut(state)
         self.file = open(_next_file(self.folder), "xb")
         self.writer = RecordWriter(self.file)
         self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))
-        if state.get("file"):
-            self._start_again_at(self.newest + 1)
+        self._start_again_at(self.newest + 1)  # in every file: TensorBoard takes no notice of the first that it sees
         self._note(begin.start_step, time.time(), "config", _code(OmegaConf.to_yaml(OmegaConf.create(begin.config))))
         say(f"tensorboard --logdir {self.folder}")
 

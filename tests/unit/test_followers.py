@@ -382,7 +382,7 @@ def test_a_checkpoint_remembers_the_id(run: Run, tmp_path: Path) -> None:
     state_file(run.dir.path, "recorder").unlink()  # the folder came back from storage without it
     run.start(step=2, remembered={"recorder": state})
     run.close()
-    assert run.calls("open")[-1]["state"] == state
+    assert run.calls("open")[-1]["state"] == state and run.given() == [1, 2, 1, 2]
 
     write_state(run.dir.path, "recorder", {"id": "another1"})  # the checkpoint's counts
     run.start(step=2, remembered={"recorder": state})

@@ -38,7 +38,7 @@ def test_settings_are_typed() -> None:
         "tensorboard": TensorboardConfig(flush_seconds=2.0),
         "wandb": WandbConfig(tags=["a", "b"], mode="offline"),
     }
-    check(cfg, world=1)
+    check_logging(cfg.logging, here=False)
 
 
 @pytest.mark.parametrize(("overrides", "words"), [
@@ -154,6 +154,8 @@ def test_free_keys_need_no_plus() -> None:
 
 
 def test_the_runs_of_a_sweep_are_a_group(tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb")
+    pytest.importorskip("tensorboard")
     from megatron_scratch.launch.sweep import points
     from megatron_scratch.launch.sweep.record import Point, Sweep
     from megatron_scratch.launch.sweep.words import Words
