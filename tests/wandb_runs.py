@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -17,7 +18,7 @@ from runs import Fault
 from megatron_scratch.logs import wandb_file, wandb_steps
 from megatron_scratch.train.reporter import Reporter
 
-OPEN = "the run is recorded in"  # what a follower says that has opened a run on disk
+OPEN = re.compile("the run is recorded in|(begins|goes on) at http")  # what a follower says that has opened a run
 # W&B's own of a row, and what says how rows came there
 NOT_OURS = ("_step", "_runtime", "overlap", "_wandb")
 
@@ -27,7 +28,7 @@ def environment(monkeypatch: pytest.MonkeyPatch, home: Path, **variables: str) -
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
         monkeypatch.delenv(name)
     home.mkdir(exist_ok=True)
-    for name, value in {"HOME": str(home), "WANDB_INIT_TIMEOUT": "2", **variables}.items():
+    for name, value in {"HOME": str(home), "WANDB_INIT_TIMEOUT": "2", "WANDB_FINISH_TIMEOUT": "3", **variables}.items():
         monkeypatch.setenv(name, value)
 
 
@@ -81,10 +82,10 @@ def once_followed(run: Path, fault: Fault) -> Fault:
 
         def waiting(self: Reporter, step: int) -> None:
             log = run / "logs" / "wandb.log"
-            before = log.read_text().count(OPEN) if log.exists() else 0
+            before = len(OPEN.findall(log.read_text())) if log.exists() else 0
             begin(self, step)
             deadline = time.monotonic() + 60
-            while not (log.exists() and log.read_text().count(OPEN) > before):
+            while not (log.exists() and len(OPEN.findall(log.read_text())) > before):
                 assert time.monotonic() < deadline, "the follower does not come"
                 time.sleep(0.05)
 

@@ -198,7 +198,7 @@ class Server:
         return None
 
     def ArtifactType(self, v: dict[str, Any]) -> dict[str, Any]:
-        return {"project": {"artifactType": {"name": v.get("artifactTypeName")}}}
+        return {"project": {"artifact": None}}
 
     def FetchArtifactDigestAlgorithm(self, v: dict[str, Any]) -> dict[str, Any]:
         return {"project": None}

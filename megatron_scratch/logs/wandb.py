@@ -9,10 +9,16 @@ from __future__ import annotations
 import json
 import os
 import re
+import time
 from collections.abc import Callable
 from datetime import datetime, timedelta, timezone
+from http.client import HTTPException
 from pathlib import Path
+from queue import SimpleQueue
+from threading import Event, Thread
 from typing import Any
+from urllib.error import HTTPError
+from urllib.request import urlopen
 
 from megatron_scratch.config.logging import WandbConfig
 from megatron_scratch.logs import wandb_file, wandb_steps
@@ -23,8 +29,11 @@ from megatron_scratch.util.env import prepare_wandb
 from megatron_scratch.util.exits import STOPPED
 from megatron_scratch.util.files import write_json
 
+AWAY = "W&B cannot be reached"
+PAUSE, PATIENT = 600.0, 60.0  # seconds until a server is asked again, and that it then has
 OLD = timedelta(days=1)  # what happened before that is no news: W&B may be added to a run that is there
 LOWEST = ("train/loss", "val/*")  # of which the best is worth knowing
+LAST = 2.0  # seconds that the last checkpoint has; with FINISH_TIMEOUT, less than a run waits for at its end
 LISTED = 64  # files of a checkpoint whose hashes W&B is told
 
 
@@ -41,22 +50,32 @@ class Wandb:
 
         self.wandb: Any = wandb
         self.told = Told(self.folder / "told.json")
-        self.run: Any = self._open()
+        self.state = begin.state
+        self.checkpoints: SimpleQueue[Row | Event] = SimpleQueue()
+        self.pause, self.again = PAUSE, float("inf")  # seconds until a server that was away is tried again, and when that is
+        Thread(target=self._refer, daemon=True).start()
+        self._begin()
+
+    # Opening
+
+    def _begin(self, timeout: float | None = None) -> None:
+        self.run: Any = self._open(timeout)
         self._describe()
         self.steps = self._where()
         self._catch_up()
 
-    # Opening
-
-    def _open(self) -> Any:
+    def _open(self, timeout: float | None) -> Any:
         """The run, at the server if it answers, else on disk."""
         if self.settings.mode == "offline":
             return self._on_disk("")
         try:
-            run = self._init("online")
+            run = self._init("online", timeout)
         except Exception as error:  # of many kinds: the client raises its own, and what it stumbles over
             self.wandb.teardown()  # which still holds the run's id
-            return self._on_disk(_why(error))
+            why = _why(error)
+            self.again = time.monotonic() + self.pause if why.startswith(AWAY) else float("inf")
+            return self._on_disk(why)
+        self.again = float("inf")
         self.say(f"{'goes on' if run.resumed else 'begins'} at {run.url}")
         for path in wandb_file.files(self.folder, run.id):  # all that these have comes from the run's own files
             if path.parent.name.startswith("offline-"):
@@ -68,24 +87,33 @@ class Wandb:
         self.say(f"{why}{'; ' if why else ''}the run is recorded in {Path(run.dir).parent}; to send it: wandb sync {self.folder}")
         return run
 
-    def _init(self, mode: str) -> Any:
+    def _try_again(self) -> None:
+        """A server that did not answer may do so by now. To ask costs 5 s at most; only then the run on disk is left for it."""
+        self.pause *= 2
+        self.again = time.monotonic() + self.pause
+        if _answers(self.run.settings.base_url):
+            self.run.finish(exit_code=0)
+            self._begin(PATIENT)
+
+    def _init(self, mode: str, timeout: float | None = None) -> Any:
         s, begin = self.settings, self.begin
         return self.wandb.init(
             id=begin.state["id"], resume="allow", mode=mode, dir=str(begin.run_dir), project=s.project, entity=s.entity,
             name=s.name or begin.name, group=s.group, job_type=s.job_type, tags=list(s.tags) or None, notes=s.notes,
-            settings=self._client(), reinit="finish_previous",
+            settings=self._client(timeout), reinit="finish_previous",
         )  # fmt: skip
 
-    def _client(self) -> Any:
+    def _client(self, timeout: float | None) -> Any:
         """Settings of the client; those that an older one does not have are left out."""
         wanted = {
             "console": "off",  # what ranks print is in RUN/logs, and this process prints nothing of interest
+            "silent": True,  # else it asks the server who the user is, to say so: 10 s where none answers, beside init_timeout
             "save_code": False, "disable_code": True, "disable_git": True,  # a diff of the user's checkout is not ours to send
             "program": "megatron-scratch", "program_relpath": "megatron-scratch", "program_abspath": "",
             "x_stats_pid": os.getppid(),  # the rank, not this process
             "x_transaction_log_flush_interval": 1.0,  # seconds of rows that a kill can take
             "finish_timeout_raises": True,
-            "max_end_of_run_history_metrics": 0, "max_end_of_run_summary_metrics": 0,
+            **({"init_timeout": timeout} if timeout else {}),  # else what util.env says
         }  # fmt: skip
         known = self.wandb.Settings.model_fields
         return self.wandb.Settings(**{key: value for key, value in wanted.items() if key in known})
@@ -107,9 +135,11 @@ class Wandb:
             newest = next((row for row in map(wandb_file.last_row, reversed(paths)) if row), {})
             there, last = int(newest.get("_step", -1)), newest.get("step")
         else:  # after an outage a server may have less than was sent
-            there = self.run.step - 1 if self.run.resumed else -1
-            last = self.run.summary.get("step") if there >= 0 else None
-        state = self.begin.state
+            summary = self.run.summary
+            next_one = getattr(self.run, "_starting_step", 0)  # as the server counts; what the client calls `step` begins with 0
+            there = max(next_one - 1, summary.get("_step", -1)) if self.run.resumed else -1
+            last = summary.get("step") if there >= 0 else None
+        state = self.state
         last = int(there - state.get("offset", 0) if last is None else last)
         steps = wandb_steps.Steps(last, there - last, int(state.get("high", -1)))
         if state.get("attempt") != self._attempt():  # else this start of the run has been here already
@@ -121,12 +151,12 @@ class Wandb:
 
     def _catch_up(self) -> None:
         """Take from the run's files what W&B does not have."""
-        for name, take in (("metrics", self.metrics), ("layers", self.layers), ("samples", self.sample)):
+        files = {"metrics": self.metrics, "layers": self.layers, "samples": self.sample, "ledger": self.event}
+        for name, take in files.items():
             file = Rows(self.begin.run_dir / f"{name}.jsonl")
             while rows := file.new():
                 for row in rows:
-                    if "step" in row:
-                        take(row)
+                    take(row)
 
     # Rows
 
@@ -147,7 +177,10 @@ class Wandb:
     def flush(self) -> dict[str, Any]:
         self._send(all_of_it=False)
         steps = self.steps
-        return {"step": steps.last, "offset": steps.offset, "high": steps.high, "attempt": self._attempt()}
+        self.state = {"id": self.run.id, "step": steps.last, "offset": steps.offset, "high": steps.high, "attempt": self._attempt()}
+        if time.monotonic() >= self.again:
+            self._try_again()
+        return self.state
 
     def _send(self, all_of_it: bool) -> None:
         for step, values in self.steps.ready(all_of_it):
@@ -168,8 +201,20 @@ class Wandb:
         if news is not None:
             self.run.alert(news.title, news.text, level=news.level, wait_duration=0)
         if saved:
-            self._checkpoint(row)
+            self.checkpoints.put(row)
         self.told.add(row)
+
+    def _refer(self) -> None:
+        """A thread of its own: with a server that is away, the client waits for each (WANDB_HTTP_TIMEOUT)."""
+        while True:
+            row = self.checkpoints.get()
+            if isinstance(row, Event):
+                row.set()
+                continue
+            try:
+                self._checkpoint(row)
+            except Exception as error:  # no row is to be lost with it
+                self.say(f"no reference to the checkpoint of step {row['step']} at W&B: {' '.join(str(error).split())[:300]}")
 
     def _checkpoint(self, row: Row) -> None:
         """A reference to it: nothing is uploaded, and nothing hashed, as its manifest has done that."""
@@ -184,16 +229,15 @@ class Wandb:
                  "bytes": sum(file["bytes"] for file in files.values())}  # fmt: skip
         if len(files) <= LISTED:
             facts["sha256"] = {name: file["sha256"] for name, file in files.items()}
-        name = re.sub(r"[^A-Za-z0-9_.-]", "_", f"{self.begin.name}-checkpoint")[:128]
+        name = re.sub(r"[^A-Za-z0-9_.-]", "_", f"{self.begin.name}-checkpoint")[-128:]
         artifact = self.wandb.Artifact(name, "model", metadata=facts)
-        try:
-            artifact.add_reference(url, checksum=False)
-        except Exception as error:  # boto3 is not there; or the folder is gone by now
-            return self.say(f"no reference to {url} at W&B: {' '.join(str(error).split())}")
+        artifact.add_reference(url, checksum=False)
         self.run.log_artifact(artifact, aliases=["latest", f"step_{row['step']}"])
 
     def close(self, outcome: str, code: int) -> None:
         self._send(all_of_it=True)
+        self.checkpoints.put(done := Event())
+        done.wait(LAST)
         if code == STOPPED:
             self.run.mark_preempting()  # then it is not called failed there
         try:
@@ -241,4 +285,15 @@ def _why(error: Exception) -> str:
         return "no key for W&B, give WANDB_API_KEY or call `wandb login` once"
     if "401" in text or "403" in text:
         return f"W&B does not accept the key in WANDB_API_KEY or ~/.netrc ({text[:200]})"
-    return f"W&B cannot be reached ({text[:200]})"
+    return f"{AWAY} ({text[:200]})"
+
+
+def _answers(url: str) -> bool:
+    """Whether anybody is there, whatever they say."""
+    try:
+        with urlopen(url, timeout=5):
+            return True
+    except HTTPError as error:
+        return error.code < 500
+    except (OSError, HTTPException):
+        return False

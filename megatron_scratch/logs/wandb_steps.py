@@ -57,14 +57,14 @@ class Steps:
 
     def add(self, values: Row) -> None:
         """Part of a step, in W&B's names. A step's time is that of its first row. What W&B has is passed over."""
-        if (step := values["step"]) > self.last:
+        if (step := values.get("step", -1)) > self.last:
             self.waiting[step] = {**values, **{k: v for k, v in self.waiting.get(step, {}).items() if k == TIME or k not in values}}
 
     def add_sample(self, row: Row) -> None:
         """One of maybe several texts of a step; the same one again changes nothing."""
-        there = self.waiting.get(row["step"], {}).get(SAMPLES, [])
+        there = self.waiting.get(row.get("step", -1), {}).get(SAMPLES, [])
         if row not in there:
-            self.add({"step": row["step"], SAMPLES: [*there, row]})
+            self.add({"step": row.get("step", -1), SAMPLES: [*there, row]})
 
     def rewound(self, step: int) -> None:
         """The steps after `step` are computed again: they follow those that are there, and are marked."""

@@ -42,6 +42,7 @@ function fixed(value, step) {
 function brief(value) {
   if (value == null) return "–";
   const size = Math.abs(value);
+  if (Number.isInteger(value) && size < 1e6) return spaced(String(value));
   if (size !== 0 && (size >= 1e6 || size < 1e-3)) return value.toExponential(2);
   return fixed(value, size >= 1000 ? 1 : 10 ** (Math.floor(Math.log10(size || 1)) - 3));
 }
@@ -106,7 +107,7 @@ function draw(holder, columns, spec) {
   const options = {
     width: Math.max(240, holder.clientWidth), height: holder.classList.contains("tall") ? 380 : 230, padding: [12, 24, 0, 0],
     scales: { x: { time: false }, y: { distr: log ? 3 : 1, range: log ? undefined : (u, low, high) => range(spec, low, high) } },
-    cursor: { sync: { key: "runs" }, drag: { x: true, y: false, dist: 5 }, points: { size: 6 } },
+    cursor: { y: false, sync: { key: "runs" }, drag: { x: true, y: false, dist: 5 }, points: { size: 6 } },
     legend: { live: true, isolate: false, markers: { width: 0, fill: (u, i) => columns[i - 1] && columns[i - 1].colour + (columns[i - 1].alpha ? "66" : "") } },
     series: [{ label: xLabel.replace(/ \(.*/, ""), value: (u, v) => (v == null ? "–" : brief(v)) }, ...columns.map((c, i) => ({
       label: c.label.slice(0, 60), stroke: c.colour, width: c.width ?? 1.5, dash: c.dash, fill: c.fill, alpha: c.alpha ?? 1, spanGaps: false,

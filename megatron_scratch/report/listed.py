@@ -13,7 +13,9 @@ from megatron_scratch.util.page import flat
 
 EVENTS = 1000  # that a page lists
 TEXT = 400  # characters of an event
-SAID = ("time", "event", "step", "reason")  # of an event, in columns of their own
+SAID = ("time", "event", "step", "reason",  # columns of their own
+        "path", "hosts", "versions", "commit", "parameters", "flops_per_token", "seq_len", "device")  # fmt: skip
+"""What an event's text leaves out: it stands elsewhere on the page."""
 SAMPLES, SAMPLE_TEXT = 120, 4000  # texts, and characters of each
 KEYS, VALUE = 3000, 300  # keys of a config, characters of a value
 
@@ -39,9 +41,7 @@ def events(run: Run, at: Callable[[np.ndarray], dict[str, list[float]]]) -> list
 
 def _said(event: dict[str, Any]) -> str:
     """The reason, and all else that an event tells."""
-    told = {
-        key: value for key, value in event.items() if key not in ("time", "event", "step", "reason") and value not in ("", [], None)
-    }
+    told = {key: value for key, value in event.items() if key not in SAID and value not in ("", [], None)}
     rest = ", ".join(f"{key} {_value(value)}" for key, value in told.items())
     reason = str(event.get("reason") or "")
     return f"{reason}{'; ' if reason and rest else ''}{rest}"[:TEXT]

@@ -18,7 +18,6 @@ from megatron_scratch.util.errors import UserError
 FILES = ("metrics.jsonl", "ledger.jsonl", "config.yaml")  # a folder with none of them is no run
 LARGEST = 1e100  # of a number: sums and squares of what is larger are infinite
 CONFIG_BYTES = 1 << 20
-DECODER = json.JSONDecoder(parse_constant=lambda _: None)  # json.dumps writes NaN, which is no number
 
 
 @dataclass
@@ -70,11 +69,10 @@ def read_run(path: Path, name: str = "", whole: bool = True) -> Run:
     Raises:
         UserError: there is no run.
     """
-    if not path.is_dir():
-        raise UserError(f"{path} is {'a file' if path.exists() else 'not there'}; give the folder of a run, runs/NAME")
-    if not any((path / file).is_file() for file in FILES):
-        hint = f"; a sweep is shown by: megatron-scratch report --sweep {path}" if (path / "sweep.json").is_file() else ""
-        raise UserError(f"{path} is no run: it has none of {', '.join(FILES)}{hint or '; give the folder of a run, runs/NAME'}")
+    try:
+        _check(path)
+    except PermissionError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
     run = Run(path, name or path.resolve().name)
     run.config = _config(run)
     rows = [_numbers(row) for row in _lines(run, "metrics.jsonl")]
@@ -88,8 +86,16 @@ def read_run(path: Path, name: str = "", whole: bool = True) -> Run:
     return run
 
 
+def _check(path: Path) -> None:
+    if not path.is_dir():
+        raise UserError(f"{path} is {'a file' if path.exists() else 'not there'}; give the folder of a run, runs/NAME")
+    if not any((path / file).is_file() for file in FILES):
+        hint = f"; a sweep is shown by: megatron-scratch report --sweep {path}" if (path / "sweep.json").is_file() else ""
+        raise UserError(f"{path} is no run: it has none of {', '.join(FILES)}{hint or '; give the folder of a run, runs/NAME'}")
+
+
 def number(value: Any) -> float | None:
-    """A finite number, or None."""
+    """A finite number, or None: json.dumps writes NaN, which is none."""
     if type(value) is float and -LARGEST < value < LARGEST:  # nearly always
         return value
     if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -109,13 +115,15 @@ def _lines(run: Run, name: str) -> Iterator[dict[str, Any]]:
     """Objects of a file of JSON lines. A last line without its end is one that is being written, or that a killed process left."""
     path, bad = run.path / name, 0
     try:
-        if path.exists():
+        if path.is_file():
             with open(path, "rb") as f:
                 for line in f:
                     row = _object(line)
                     bad += row is None and line.endswith(b"\n") and bool(line.strip())
                     if row is not None:
                         yield row
+        elif path.exists():
+            run.notes.append(f"{name} is no file")
     except OSError as error:
         run.notes.append(f"{name} cannot be read: {error.strerror}")
     if bad:
@@ -124,7 +132,7 @@ def _lines(run: Run, name: str) -> Iterator[dict[str, Any]]:
 
 def _object(line: bytes) -> dict[str, Any] | None:
     try:
-        row = DECODER.decode(line.decode("utf-8", "replace"))
+        row = json.loads(line.decode("utf-8", "replace"))
     except (ValueError, RecursionError):
         return None
     return row if isinstance(row, dict) else None
@@ -187,15 +195,21 @@ def _sample(row: dict[str, Any]) -> dict[str, Any] | None:
     step = step_of(row)
     if step is None or not isinstance(row.get("text"), str):
         return None
-    return {"step": step, "tokens": number(row.get("tokens")), "prompt": str(row.get("prompt", "")), "text": row["text"]}
+    return {
+        "step": step,
+        "time": number(row.get("time")),
+        "tokens": number(row.get("tokens")),
+        "prompt": str(row.get("prompt", "")),
+        "text": row["text"],
+    }
 
 
 def _config(run: Run) -> dict[str, Any]:
     """As it lies there: a run of another version has keys that this one does not know."""
     path = run.path / "config.yaml"
-    if not path.exists():
-        return {}
     try:
+        if not path.is_file():
+            return {}
         with open(path, "rb") as f:
             tree = yaml.safe_load(f.read(CONFIG_BYTES).decode("utf-8", "replace"))
     except (OSError, yaml.YAMLError, ValueError, RecursionError):

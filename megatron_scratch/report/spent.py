@@ -40,8 +40,8 @@ def spent(run: Run) -> dict[str, Any]:
     lost = sum(_seconds(run.events[place]) for place in rewinds)
     in_gaps = sum(_seconds(run.events[place]) for place in rewinds if _of_a_resume(run, place))
     data, steps = _of_rows(run, "data_seconds"), _of_rows(run, "step_seconds")
-    parts = {"computing": steps - data, "waiting for data": data, "saving": _saving(run), "evaluating": _evaluating(run),
-             "starting": sum(map(_starting, attempts)), "lost in rewinds": lost,
+    parts = {"computing": steps - data, "waiting for data": data, "saving": _saving(run),
+             "evaluating and sampling": _evaluating(run), "starting": sum(map(_starting, attempts)), "lost in rewinds": lost,
              "down": max(0.0, sum(gaps) - in_gaps)}  # fmt: skip
     known = sum(parts.values())
     total = max(attempts[-1].ended - attempts[0].began, known) if attempts else known
@@ -53,9 +53,8 @@ def spent(run: Run) -> dict[str, Any]:
 
 def _attempts(run: Run) -> list[Attempt]:
     starts = sorted((e["time"], e.get("step") or 0) for e in run.events if e["event"] == "start" and e["time"] is not None)
-    timed = [row for row in [*run.rows, *run.evals] if "time" in row]
-    told = [e["time"] for e in run.events if e["event"] in SIGNS and e["time"] is not None]
-    signs = sorted([row["time"] for row in timed] + told)
+    timed = [row["time"] for row in [*run.rows, *run.evals, *run.samples] if row.get("time") is not None]
+    signs = sorted(timed + [e["time"] for e in run.events if e["event"] in SIGNS and e["time"] is not None])
     if not starts and signs:
         starts = [(signs[0], 0)]
     ends = [*(start for start, _ in starts[1:]), float("inf")][: len(starts)]
@@ -67,13 +66,8 @@ def _attempts(run: Run) -> list[Attempt]:
 
 
 def _of_a_resume(run: Run, place: int) -> bool:
-    """Whether the rewind at a place of the ledger threw away steps of a start that had ended: not so after a rollback."""
-    names = [event["event"] for event in run.events]
-    if "rollback" in names[max(0, place - 1) : place + 2]:
-        return False
-    after = next((name for name in names[place + 1 :] if name == "start" or name in SIGNS), "")
-    before = next((name for name in reversed(names[:place]) if name == "start" or name in SIGNS), "")
-    return "start" in (after, before)
+    """Whether the rewind at a place of the ledger threw away steps of a start that had ended. A rollback's stands before it."""
+    return place + 1 == len(run.events) or run.events[place + 1]["event"] != "rollback"
 
 
 def _seconds(event: dict[str, Any]) -> float:
@@ -96,17 +90,19 @@ def _saving(run: Run) -> float:
 
 
 def _evaluating(run: Run) -> float:
-    """A row is written, then its step's evaluation; without such a row, the steps in between are taken off."""
-    rows = [row for row in run.rows if "time" in row]
+    """A row is written, then its step's evaluation and samples; without such a row, the steps in between are taken off."""
+    rows, late = [row for row in run.rows if "time" in row], {}
+    for found in [*run.evals, *run.samples]:
+        if found.get("time") is not None:
+            late[found["step"]] = max(found["time"], late.get(found["step"], 0.0))
     total, place = 0.0, 0
-    for found in run.evals:
-        while place < len(rows) and rows[place]["step"] <= found["step"]:
+    for step, ended in sorted(late.items()):
+        while place < len(rows) and rows[place]["step"] <= step:
             place += 1
-        if not place or "time" not in found:
-            continue
-        before = rows[place - 1]
-        steps = (found["step"] - before["step"]) * (rows[place] if place < len(rows) else before).get("step_seconds", 0.0)
-        total += max(0.0, found["time"] - before["time"] - steps)
+        if place:
+            before = rows[place - 1]
+            steps = (step - before["step"]) * (rows[place] if place < len(rows) else before).get("step_seconds", 0.0)
+            total += max(0.0, ended - before["time"] - steps)
     return total
 
 

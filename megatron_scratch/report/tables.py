@@ -9,7 +9,7 @@ from megatron_scratch.util import page as ui
 from megatron_scratch.util.page import count, duration, escape, in_bytes, large, share, short
 
 NONE = "–"
-PARTS = {"computing": "stay", "waiting for data": "data", "saving": "save", "evaluating": "eval", "starting": "begin",
+PARTS = {"computing": "stay", "waiting for data": "data", "saving": "save", "evaluating and sampling": "eval", "starting": "begin",
          "lost in rewinds": "lost", "down": "down", "other": "other"}  # fmt: skip
 """Part of the time -> the class that colours it."""
 NAMES = {"hosts": "hosts", "device": "device", "engine": "engine", "commit": "commit"}

@@ -123,11 +123,12 @@ def prepare_profiler() -> None:
 
 
 def prepare_wandb(folder: Path) -> None:
-    """Before wandb is imported, in a process that has a run: what the client keeps beside the run is in `folder`, not in a home that
-    may be full or not there; nothing is told to its makers (of a server that hangs, that took 20 s, wandb 0.31); and it does not
-    wait for ever. The user's own word counts."""
-    for name, value in {"CACHE_DIR": folder, "DATA_DIR": folder, "ARTIFACT_DIR": folder, "ERROR_REPORTING": "false",
-                        "INIT_TIMEOUT": 30, "FINISH_TIMEOUT": 7}.items():  # fmt: skip
+    """Before wandb is imported: what its client keeps beside a run is in `folder`, not in a home that may be full or not there; its
+    makers hear nothing of errors (with a server that hangs, that took 20 s at the end, wandb 0.31); and it does not wait for ever.
+    The user's own word counts."""
+    values = {"CACHE_DIR": folder, "DATA_DIR": folder, "ARTIFACT_DIR": folder, "ERROR_REPORTING": "false",
+              "INIT_TIMEOUT": 6, "FINISH_TIMEOUT": 6, "HTTP_TIMEOUT": 5}  # fmt: skip
+    for name, value in values.items():
         os.environ.setdefault(f"WANDB_{name}", str(value))
     os.environ.pop("WANDB_SERVICE", None)  # a client of a process above this one
 
