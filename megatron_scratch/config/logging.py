@@ -41,7 +41,7 @@ class WandbConfig(SinkConfig):
     tags: list[str] = field(default_factory=list)
     notes: Optional[str] = None
     mode: str = "online"  # online | offline: into RUN/wandb, to be sent later by `wandb sync`
-    artifacts: bool = True  # checkpoints and samples, by reference: nothing of them is uploaded
+    artifacts: bool = True  # by reference: checkpoints, samples.jsonl; nothing of them is uploaded. And samples as tables
     alerts: bool = True  # spikes, hangs, failures, ... as the account is set to hear of alerts
 
     def check(self) -> None:

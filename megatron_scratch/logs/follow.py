@@ -177,22 +177,19 @@ def _reason(error: Exception) -> str:
 
 
 @contextmanager
-def alone(path: Path, orders: Orders) -> Iterator[bool]:
-    """Wait for the follower of an earlier start, which may have something to finish. False: the run has ended meanwhile."""
+def alone(path: Path) -> Iterator[None]:
+    """Wait for the follower of an earlier start, which may have something to finish; once the run has ended, for AFTERLIFE."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a") as f:
         while True:
             try:
                 fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                if orders.outcome is not None:
-                    yield False
-                    return
-                orders.wait(POLL)
+                time.sleep(POLL)
                 continue
             except OSError:  # a file system without locks
                 pass
-            yield True
+            yield
             return
 
 
@@ -226,8 +223,8 @@ def main() -> int:
     except (UserError, KeyError) as error:
         tell(f"given up: {error}")
         return GAVE_UP
-    with alone(config.parent / sink / ".lock", orders) as alive:
-        return follower.run() if alive else FAILED
+    with alone(config.parent / sink / ".lock"):
+        return follower.run()
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from megatron_scratch.config.logging import sinks
 from megatron_scratch.logs.follow import GAVE_UP
 from megatron_scratch.logs.state import identify, read_state
 from megatron_scratch.util.exits import OK
-from megatron_scratch.util.machine import start_helper
+from megatron_scratch.util.machine import descendants, start_helper
 
 LIMIT = 9.0  # seconds that the end of a run waits for all followers together
 NICE = 5  # they give way to training, which shares the cores with them
@@ -134,8 +134,9 @@ class End:
             self.process.wait(max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
             self.lines.append(f"{self.name}: not all is sent yet; nobody waits longer, the next start of the run goes on with it")
-            with suppress(OSError):
-                os.killpg(self.process.pid, signal.SIGKILL)
+            for pid in [self.process.pid, *descendants(self.process.pid)]:  # a package's helper may have a session of its own
+                with suppress(OSError):
+                    os.kill(pid, signal.SIGKILL)
         else:
             if (code := self.process.returncode) < 0:
                 self.lines.append(f"{self.name}: its process has ended with {code}; the next start of the run goes on with it")

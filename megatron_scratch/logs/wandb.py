@@ -8,14 +8,11 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import time
 from collections.abc import Callable
 from datetime import datetime, timedelta, timezone
 from http.client import HTTPException
 from pathlib import Path
-from queue import SimpleQueue
-from threading import Event, Thread
 from typing import Any
 from urllib.error import HTTPError
 from urllib.request import urlopen
@@ -25,6 +22,7 @@ from megatron_scratch.logs import wandb_file, wandb_steps
 from megatron_scratch.logs.alerts import alert
 from megatron_scratch.logs.sink import Begin, Row
 from megatron_scratch.logs.tail import Rows
+from megatron_scratch.logs.wandb_artifacts import References
 from megatron_scratch.util.env import prepare_wandb
 from megatron_scratch.util.exits import STOPPED
 from megatron_scratch.util.files import write_json
@@ -33,8 +31,7 @@ AWAY = "W&B cannot be reached"
 PAUSE, PATIENT = 600.0, 60.0  # seconds until a server is asked again, and that it then has
 OLD = timedelta(days=1)  # what happened before that is no news: W&B may be added to a run that is there
 LOWEST = ("train/loss", "val/*")  # of which the best is worth knowing
-LAST = 2.0  # seconds that the last checkpoint has; with FINISH_TIMEOUT, less than a run waits for at its end
-LISTED = 64  # files of a checkpoint whose hashes W&B is told
+LAST = 2.0  # seconds that the last artifact has; with FINISH_TIMEOUT, less than a run waits for at its end
 
 
 class Wandb:
@@ -51,9 +48,8 @@ class Wandb:
         self.wandb: Any = wandb
         self.told = Told(self.folder / "told.json")
         self.state = begin.state
-        self.checkpoints: SimpleQueue[Row | Event] = SimpleQueue()
+        self.references = References(wandb, begin, lambda: self.run, say)
         self.pause, self.again = PAUSE, float("inf")  # seconds until a server that was away is tried again, and when that is
-        Thread(target=self._refer, daemon=True).start()
         self._begin()
 
     # Opening
@@ -193,51 +189,19 @@ class Wandb:
     # What happens to the run
 
     def event(self, row: Row) -> None:
-        """An alert, or a checkpoint; each once, also if the ledger is read again."""
-        kind, news = row.get("event"), alert(row) if self.settings.alerts else None
-        saved = self.settings.artifacts and kind == ("uploaded" if self.begin.config["checkpoint"]["remote"] else "save")
-        if not (news or saved) or not _is_new(row) or row in self.told:
+        """An alert, or an artifact; each once, also if the ledger is read again."""
+        news, made = alert(row) if self.settings.alerts else None, self.settings.artifacts and self.references.wants(row)
+        if not (news or made) or not _is_new(row) or row in self.told:
             return
         if news is not None:
             self.run.alert(news.title, news.text, level=news.level, wait_duration=0)
-        if saved:
-            self.checkpoints.put(row)
+        if made:
+            self.references.put(row)
         self.told.add(row)
-
-    def _refer(self) -> None:
-        """A thread of its own: with a server that is away, the client waits for each (WANDB_HTTP_TIMEOUT)."""
-        while True:
-            row = self.checkpoints.get()
-            if isinstance(row, Event):
-                row.set()
-                continue
-            try:
-                self._checkpoint(row)
-            except Exception as error:  # no row is to be lost with it
-                self.say(f"no reference to the checkpoint of step {row['step']} at W&B: {' '.join(str(error).split())[:300]}")
-
-    def _checkpoint(self, row: Row) -> None:
-        """A reference to it: nothing is uploaded, and nothing hashed, as its manifest has done that."""
-        folder = self.begin.run_dir / "checkpoints" / f"step_{row['step']:08d}"
-        try:
-            manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):  # retired since
-            return
-        files = manifest["files"]
-        url = f"{row['url']}/{folder.name}" if "url" in row else folder.absolute().as_uri()
-        facts = {"step": row["step"], "url": url, "format": manifest["format"], "manifest_sha256": manifest["sha256"],
-                 "bytes": sum(file["bytes"] for file in files.values())}  # fmt: skip
-        if len(files) <= LISTED:
-            facts["sha256"] = {name: file["sha256"] for name, file in files.items()}
-        name = re.sub(r"[^A-Za-z0-9_.-]", "_", f"{self.begin.name}-checkpoint")[-128:]
-        artifact = self.wandb.Artifact(name, "model", metadata=facts)
-        artifact.add_reference(url, checksum=False)
-        self.run.log_artifact(artifact, aliases=["latest", f"step_{row['step']}"])
 
     def close(self, outcome: str, code: int) -> None:
         self._send(all_of_it=True)
-        self.checkpoints.put(done := Event())
-        done.wait(LAST)
+        self.references.wait(LAST)
         if code == STOPPED:
             self.run.mark_preempting()  # then it is not called failed there
         try:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import resource
 import time
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -43,6 +45,20 @@ def synchronize(device: torch.device) -> None:
     """Wait for the device, where there is one to wait for."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def mark(device: torch.device, clock: Callable[[], float] = time.perf_counter) -> Any:
+    """This moment: of the host's clock or, on a GPU, in its stream of work, for which no host waits."""
+    if device.type != "cuda":
+        return clock()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def between(begin: Any, end: Any) -> float:
+    """Seconds from one mark to another. The device has passed both."""
+    return end - begin if isinstance(begin, float) else begin.elapsed_time(end) / 1000
 
 
 def memory_gib(device: torch.device) -> float:

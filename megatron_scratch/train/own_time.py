@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from megatron_scratch.train.metrics import between, mark
+
 KEPT = 64  # forward passes; an event of a device is no more than its handle
 
 
@@ -30,22 +32,15 @@ class OwnTime:
         def timed(*args: Any, **kwargs: Any) -> torch.Tensor:
             if not torch.is_grad_enabled():
                 return call(*args, **kwargs)
-            begin = self._now()
+            begin = mark(self.device, self.clock)
             out = call(*args, **kwargs)
-            self.passes.append((begin, self._now()))
+            self.passes.append((begin, mark(self.device, self.clock)))
             return out
 
         return timed
 
-    def _now(self) -> Any:
-        if self.device.type != "cuda":
-            return self.clock()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
     def mean(self) -> float:
         """Seconds of a pass, over those since the last call; 0: there was none. The device has done them: a step has ended."""
-        taken = [end - begin if isinstance(begin, float) else begin.elapsed_time(end) / 1000 for begin, end in self.passes]
+        taken = [between(begin, end) for begin, end in self.passes]
         self.passes.clear()
         return sum(taken) / len(taken) if taken else 0.0

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from megatron_scratch.train.metrics import between, mark, synchronize
+
 PARTS = {"data": "data_seconds", "forward/backward": "forward_backward_seconds", "compile": "forward_backward_seconds",
          "reduce": "optimizer_seconds", "update": "optimizer_seconds", "save": "checkpoint_seconds"}  # fmt: skip
 """Phase of the pulse -> the key of a metrics row. `reduce` is the gradient norm, and the wait for other ranks to have theirs."""
@@ -26,29 +28,21 @@ class Phases:
 
     def entered(self, phase: str) -> None:
         """The training thread is in `phase` from here on."""
-        self.marks.append((phase, self._now()))
+        self.marks.append((phase, mark(self.device, self.clock)))
         if len(self.marks) > DRAIN:
             self._add_up()
 
     def since_last(self) -> dict[str, float]:
         """Seconds of each part since the last call. The device has done all of it: a step has ended."""
-        self.marks.append(("", self._now()))
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        self.marks.append(("", mark(self.device, self.clock)))
+        synchronize(self.device)
         self._add_up()
         taken, self.seconds = self.seconds, dict.fromkeys(PARTS.values(), 0.0)
         return taken
-
-    def _now(self) -> Any:
-        if self.device.type != "cuda":
-            return self.clock()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
 
     def _add_up(self) -> None:
         """Up to the last mark that the device has passed, which begins what is to come."""
         while len(self.marks) > 1 and (isinstance(end := self.marks[1][1], float) or end.query()):
             phase, begin = self.marks.popleft()
             if phase in PARTS:
-                self.seconds[PARTS[phase]] += end - begin if isinstance(begin, float) else begin.elapsed_time(end) / 1000
+                self.seconds[PARTS[phase]] += between(begin, end)

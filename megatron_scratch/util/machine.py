@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,20 @@ def die_with_parent() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
         if os.getppid() != parent:  # it died before the call
             os.kill(os.getpid(), signal.SIGTERM)
+
+
+def descendants(pid: int) -> list[int]:
+    """The processes that a process has started, and those that they have; on Linux. One whose parent has ended is nobody's."""
+    children: dict[int, list[int]] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError, ValueError, IndexError):  # it has ended
+            parent = int(stat.read_text().rpartition(")")[2].split()[1])
+            children.setdefault(parent, []).append(int(stat.parent.name))
+    found, looking = [], [pid]
+    while looking:
+        looking = [child for parent in looking for child in children.get(parent, [])]
+        found += looking
+    return found
 
 
 SIGNALS = (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM)  # what a terminal and a scheduler send to all processes of a job

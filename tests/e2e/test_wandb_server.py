@@ -126,6 +126,19 @@ def test_checkpoints_by_reference(corpus: Path, tmp_path: Path, monkeypatch: pyt
     assert not [what for what in server.requests if what.startswith("PUT /artifact")], "nothing of them is uploaded"
 
 
+def test_samples_by_reference(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "r"
+    with Server() as server:
+        reach(monkeypatch, server)
+        words = ["train.samples.every=3", "train.samples.tokens=4", "checkpoint.every=100"]
+        assert run(config(corpus, path, *ONLINE, *words)) == [0]
+        served = server.only()
+    (artifact,) = [one for one in served.artifacts if one.type == "samples"]
+    assert artifact.committed and artifact.name.endswith("-samples")
+    assert {entry["ref"] for entry in artifact.manifest["contents"].values()} == {(path / "samples.jsonl").as_uri()}
+    assert [row["step"] for row in served.rows() if "samples" in row] == [3, 6], "and as a table of its step"
+
+
 def test_nothing_but_numbers(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with Server() as server:
         reach(monkeypatch, server)

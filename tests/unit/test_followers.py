@@ -25,7 +25,7 @@ from megatron_scratch.train.rundir import RunDir
 DEADLINE = 60.0  # seconds in which another process does what it has to; nothing is measured by it
 
 PLUGIN = '''
-import json, os, signal, sys, threading
+import json, os, signal, subprocess, sys, threading
 from dataclasses import dataclass
 from typing import Optional
 from megatron_scratch.registry import register
@@ -61,7 +61,8 @@ class Recorder:
             f.write(json.dumps({"call": call, **more}) + "\\n")
     def metrics(self, row):
         if row["step"] == self.s.hangs_at:
-            self.note("hangs")
+            helper = subprocess.Popen(["sleep", "1000"], start_new_session=True)  # as wandb has one
+            self.note("hangs", helper=helper.pid)
             threading.Event().wait()
         if row["step"] == self.s.breaks_at and (self.s.always or self.opened() == 1):
             raise ValueError("this row")
@@ -89,6 +90,14 @@ class Other(recorder_plugin.Recorder):
 
 register("logging", "other", "other_plugin:Other", recorder_plugin.Settings)
 """
+
+
+def has_ended(pid: int) -> bool:
+    """Gone, or waiting for a parent to take note: what was killed is nobody's child here."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return True
 
 
 class Run:
@@ -271,6 +280,7 @@ def test_a_sink_that_hangs_holds_up_neither_the_end_nor_another_sink(run: Run, m
     assert not run.calls("close") and any(line.startswith("recorder: not all is sent yet") for line in run.said)
     with pytest.raises(ProcessLookupError):
         os.kill(run.calls("open")[0]["pid"], 0)
+    run.until(lambda: has_ended(run.calls("hangs")[0]["helper"]))  # and so does what it had started; a kill takes its time
     run.start("+logging.recorder={}", step=1)
     run.close()
     assert run.given() == [1, 2, 3]
