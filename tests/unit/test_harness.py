@@ -174,7 +174,9 @@ def theirs(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
 
     out = tmp_path_factory.mktemp("hf") / "model"
     do_export(run, out)
-    return HFLM(pretrained=str(out), device="cpu", dtype="float32", batch_size=4, max_length=64)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("LOCAL_RANK", raising=False)  # which DeepSpeed has left in this process; accelerate would wait for other ranks
+        return HFLM(pretrained=str(out), device="cpu", dtype="float32", batch_size=4, max_length=64)
 
 
 def test_the_requests_of_lm_eval_come_out_as_with_its_own_model_class(scorer: Scorer, theirs: Any) -> None:
