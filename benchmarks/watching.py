@@ -1,9 +1,8 @@
-"""What watching costs: the quickstart's model with everything on, in turn with nothing on; and what a bad server can delay.
+"""What watching costs: the quickstart's model with everything on; and what a bad server can delay.
 
-    python benchmarks/watching.py            # step time with logging=[wandb,tensorboard] and log_every=1, against neither
-    python benchmarks/watching.py --server   # how much later a run ends whose server is slow, failing, or not there
-
-Runs take turns, as machines are noisy; a ratio is of medians of one run of this program.
+python benchmarks/watching.py            # in one run, log_every=1, logging=[wandb,tensorboard]: the rank's time, the followers' CPU
+python benchmarks/watching.py --turns    # whole runs with everything and with nothing, in turn; machines are noisier than this
+python benchmarks/watching.py --server   # how much later a run ends whose server is slow, failing, or not there
 """
 
 from __future__ import annotations
@@ -17,20 +16,23 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from megatron_scratch.util.machine import descendants
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
-QUICKSTART = ["experiment=quickstart", "checkpoint.every=0", "train.eval_batches=1"]
-EVERYTHING = ["logging='[wandb,tensorboard]'", "logging.wandb.mode=offline", "train.log_every=1"]
+QUICKSTART = ["experiment=quickstart", "schedule.warmup_steps=5", "checkpoint.every=0", "train.eval_batches=1"]
+EVERYTHING = ["logging=[wandb,tensorboard]", "logging.wandb.mode=offline", "train.log_every=1"]
 NOTHING = ["train.log_every=20"]
 MISHAPS: dict[str, dict[str, Any]] = {
     "a server that answers": {},
     "a closed port": {},
     "500 to all": {"fail": 500},
     "500 after 20 requests": {"fail": 500, "after": 20},
-    "no answer, ever": {"silent": True},
+    "never an answer": {"silent": True},
     "no answer after 20 requests": {"silent": True, "after": 20},
     "2 s for each answer": {"delay": 2.0},
     "a refused key": {"key": "f" * 40},
@@ -81,6 +83,71 @@ def overhead(pairs: int, steps: int) -> None:
     print(f"overhead of all logging at log_every=1: median {100 * middle:+.2f} % (quartiles {100 * low:+.2f}, {100 * high:+.2f})")
 
 
+class Timer:
+    """Seconds in some functions, by name, and the CPU seconds of a process's descendants, from one call of `mark` to the next."""
+
+    def __init__(self) -> None:
+        self.seconds: Counter[str] = Counter()
+        self.marks: list[tuple[float, Counter[str], float]] = []
+
+    def around(self, owner: Any, function: str) -> None:
+        whole, name = getattr(owner, function), f"{owner.__name__}.{function}"
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            began = time.perf_counter()
+            try:
+                return whole(*args, **kwargs)
+            finally:
+                self.seconds[name] += time.perf_counter() - began
+
+        setattr(owner, function, timed)
+
+    def mark(self) -> None:
+        self.marks.append((time.perf_counter(), self.seconds.copy(), sum(map(cpu_seconds, descendants(os.getpid())))))
+
+
+def cpu_seconds(pid: int) -> float:
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def share(steps: int) -> None:
+    """Of one run, after WARM steps: what the rank spends on rows, marks and followers; what followers spend beside it."""
+    from megatron_scratch.config import compose
+    from megatron_scratch.launch.resolve import resolve
+    from megatron_scratch.train import hooks, phases, reporter, worker
+    from megatron_scratch.util.env import Rank
+
+    timer = Timer()
+    for owner, function in ((hooks.LogMetrics, "run"), (phases.Phases, "entered"), (reporter.Reporter, "run")):
+        timer.around(owner, function)
+    logged = hooks.LogMetrics.run
+
+    def at(self: Any, step: int, result: Any) -> None:
+        logged(self, step, result)
+        if step in (WARM, steps - 1):
+            timer.mark()
+
+    hooks.LogMetrics.run = at  # type: ignore[method-assign]
+    with tempfile.TemporaryDirectory() as scratch:
+        words = [*QUICKSTART, *EVERYTHING, f"dir={scratch}/run", f"train.steps={steps}"]
+        worker.run(resolve(compose.load(words), 1), Rank())
+    (began, before, cpu_before), (ended, after, cpu_after) = timer.marks
+    wall, count = ended - began, steps - 1 - WARM
+    print(f"\n{1000 * wall / count:.1f} ms a step, {count} steps")
+    for name in after:
+        taken = after[name] - before[name]
+        print(f"{name:<20}{1000 * taken / count:8.3f} ms a step  {100 * taken / wall:6.3f} %")
+    total = sum(after.values()) - sum(before.values())
+    print(f"{'the rank, in all':<20}{1000 * total / count:8.3f} ms a step  {100 * total / wall:6.3f} %")
+    beside, cores = cpu_after - cpu_before, os.cpu_count() or 1
+    part = 100 * beside / wall / cores
+    print(f"followers and their helpers: {1000 * beside / count:.2f} ms of CPU a step, {part:.2f} % of {cores} cores")
+
+
 def servers(steps: int) -> None:
     """Seconds of a run from start to end, by what its server does; the losses are compared with those of a run without one."""
     from wandb_server import KEY, Server  # tests/: the stand-in that the tests use
@@ -102,7 +169,13 @@ def servers(steps: int) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--server", action="store_true")
+    parser.add_argument("--turns", action="store_true")
     parser.add_argument("--pairs", type=int, default=6)
     parser.add_argument("--steps", type=int, default=100, help="of each run")
     args = parser.parse_args()
-    servers(args.steps) if args.server else overhead(args.pairs, args.steps)
+    if args.server:
+        servers(args.steps)
+    elif args.turns:
+        overhead(args.pairs, args.steps)
+    else:
+        share(args.steps)

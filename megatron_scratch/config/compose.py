@@ -200,7 +200,7 @@ def _one_line(error: Exception, overrides: list[str]) -> str:
             return f"{key} has no effect without {SINK}={sink}"
         if "not in" in chain or "not in struct" in chain:
             return f"{key} is not a key{nearest(key, _all_keys())}; `megatron-scratch train --print` shows them all"
-    if found := re.search(r"Could not (?:find|load) '([\w/.-]+)'(?: Available options in '[\w/]+': )?(.*)", chain):
+    if found := re.search(r"Could not (?:find|load) '([^']+)'(?: Available options in '[\w/]+': )?(.*)", chain):
         return _unknown_option(found.group(1))
     if found := re.search(r"Key '(\w+)' (?:is )?not in '\w+'.*?full_key: ([\w.]+)", chain):
         return f"{found.group(2)} is not a key{nearest(found.group(2), _all_keys())}"
