@@ -20,7 +20,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from megatron_scratch.util.machine import descendants
+from megatron_scratch.util.machine import descendants, process
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
@@ -103,15 +103,13 @@ class Timer:
         setattr(owner, function, timed)
 
     def mark(self) -> None:
-        self.marks.append((time.perf_counter(), self.seconds.copy(), sum(map(cpu_seconds, descendants(os.getpid())))))
-
-
-def cpu_seconds(pid: int) -> float:
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return 0.0
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        self.marks.append(
+            (
+                time.perf_counter(),
+                self.seconds.copy(),
+                sum(told.cpu_seconds for pid in descendants(os.getpid()) if (told := process(pid))),
+            )
+        )
 
 
 def share(steps: int) -> None:

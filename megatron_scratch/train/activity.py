@@ -6,6 +6,8 @@ import os
 import time
 from pathlib import Path
 
+from megatron_scratch.util.machine import descendants, process
+
 
 class Activity:
     """Whether this process works, by what the kernel says: CPU time of it and the processes that it has started, and how often its
@@ -27,11 +29,16 @@ class Activity:
         return busy
 
     def _cpu(self) -> float:
-        return time.process_time() + sum(_cpu_of(pid) for pid in _children(os.getpid()))
+        return time.process_time() + sum(told.cpu_seconds for pid in self._helpers() if (told := process(pid)))
 
     def _switches(self) -> list[str]:
-        pids = [os.getpid(), *_children(os.getpid())]
+        pids = [os.getpid(), *self._helpers()]
         return [line for pid in pids for line in _text(f"/proc/{pid}/status").splitlines() if line.startswith("voluntary_ctxt")]
+
+    @staticmethod
+    def _helpers() -> list[int]:
+        """Who works for this process. Those that follow its files (`logs/`) have a session of their own, and work without it."""
+        return descendants(os.getpid(), same_session=True)
 
 
 def _text(path: str) -> str:
@@ -41,28 +48,7 @@ def _text(path: str) -> str:
         return ""
 
 
-def _children(pid: int) -> list[int]:
-    """And theirs."""
-    if not os.path.isdir("/proc/self/task"):
-        return []
-    parents = {int(p): _parent(p) for p in os.listdir("/proc") if p.isdigit()}
-    found = [pid]
-    for known in found:
-        found += [child for child, parent in parents.items() if parent == known]
-    return found[1:]
-
-
-def _parent(pid: str) -> int:
-    fields = _text(f"/proc/{pid}/stat").rpartition(")")[2].split()
-    return int(fields[1]) if len(fields) > 1 else 0
-
-
-def _cpu_of(pid: int) -> float:
-    fields = _text(f"/proc/{pid}/stat").rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK") if len(fields) > 12 else 0.0
-
-
 def state_of(pid: int) -> str:
     """What the kernel says of a process on this machine: one letter, or empty when it is gone."""
-    fields = _text(f"/proc/{pid}/stat").rpartition(")")[2].split()
-    return fields[0] if fields else ""
+    told = process(pid)
+    return told.state if told else ""

@@ -9,7 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from contextlib import suppress
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -53,18 +53,39 @@ def die_with_parent() -> None:
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-def descendants(pid: int) -> list[int]:
-    """The processes that a process has started, and those that they have; on Linux. One whose parent has ended is nobody's."""
-    children: dict[int, list[int]] = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError, ValueError, IndexError):  # it has ended
-            parent = int(stat.read_text().rpartition(")")[2].split()[1])
-            children.setdefault(parent, []).append(int(stat.parent.name))
-    found, looking = [], [pid]
-    while looking:
-        looking = [child for parent in looking for child in children.get(parent, [])]
-        found += looking
-    return found
+@dataclass(frozen=True)
+class Process:
+    """A line of Linux's list of processes."""
+
+    state: str  # one letter: R, S, Z, ...
+    parent: int
+    session: int
+    cpu_seconds: float
+
+
+def process(pid: int) -> Process | None:
+    """None: it is gone, or this is not Linux."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
+        return Process(fields[0], int(fields[1]), int(fields[3]), (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK"))
+    except (OSError, ValueError, IndexError):
+        return None
+
+
+def descendants(pid: int, same_session: bool = False) -> list[int]:
+    """The processes that a process has started, and those that they have; on Linux. One whose parent has ended is nobody's.
+
+    Args:
+        same_session: not those that were given a session of their own, nor what they have started.
+    """
+    if not os.path.isdir("/proc/self/task"):
+        return []
+    known = {number: told for number in map(int, filter(str.isdigit, os.listdir("/proc"))) if (told := process(number))}
+    found = [pid]
+    for parent in found:
+        children = [number for number, told in known.items() if told.parent == parent]
+        found += [number for number in children if not same_session or known[number].session == known[parent].session]
+    return found[1:]
 
 
 SIGNALS = (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM)  # what a terminal and a scheduler send to all processes of a job

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -11,12 +12,14 @@ from pathlib import Path
 import pytest
 
 from megatron_scratch.config.fault import FaultConfig, check_fault, check_replicas
+from megatron_scratch.logs.followers import End
 from megatron_scratch.train import heartbeat
 from megatron_scratch.train.activity import Activity
 from megatron_scratch.train.fault import LOOK_EVERY, SAVE, STOP, StopFlag, told
 from megatron_scratch.train.hang import Hang, judge
 from megatron_scratch.train.heartbeat import SIZE, Beat, Group, Pulse, Recorder, unpacked
 from megatron_scratch.util.errors import UserError
+from megatron_scratch.util.machine import descendants
 
 LIMIT, SLACK, NOW = 100.0, 3.0, 10_000.0
 
@@ -144,9 +147,11 @@ def test_activity() -> None:
     assert here.seen() and not stale.seen() and not idle.seen()
 
 
+WORKS = "import time; u = time.process_time() + 30\nwhile time.process_time() < u: pass"
+
+
 def test_the_work_of_a_process_that_it_has_started_counts() -> None:
-    code = "import time; u = time.process_time() + 30\nwhile time.process_time() < u: pass"
-    with subprocess.Popen([sys.executable, "-c", code]) as child:
+    with subprocess.Popen([sys.executable, "-c", WORKS]) as child:
         here = Activity(window=60.0)
         here._switches = lambda: here.switches  # type: ignore[method-assign]
         deadline = time.monotonic() + 30
@@ -154,6 +159,23 @@ def test_the_work_of_a_process_that_it_has_started_counts() -> None:
             time.sleep(0.05)  # the kernel counts in hundredths
         child.kill()
     assert found
+
+
+def test_the_work_of_one_that_follows_the_run_does_not() -> None:
+    """It goes on while the rank hangs: a follower has a session of its own, and so has what it starts."""
+    with subprocess.Popen([sys.executable, "-c", WORKS], start_new_session=True) as child:
+        there, helpers = descendants(os.getpid()), Activity(window=60.0)._helpers()
+        child.kill()
+    assert child.pid in there and child.pid not in helpers
+
+
+def test_a_follower_is_one_of_those(tmp_path: Path) -> None:
+    end = End("tensorboard", tmp_path)
+    end.start(0)
+    assert end.process is not None
+    pid, helpers = end.process.pid, Activity(window=60.0)._helpers()
+    end.finish(time.monotonic())
+    assert pid not in helpers
 
 
 def test_what_a_run_is_asked_for(tmp_path: Path) -> None:
