@@ -48,6 +48,9 @@ def bench(cfg: Config) -> str:
     """Measure `bench.steps` steps after `bench.warmup`; one process. Returns a report of a few lines."""
     if cfg.launcher.processes not in (None, 1):
         raise UserError(f"launcher.processes={cfg.launcher.processes}: bench measures one process; allowed: 1")
+    if cfg.train.profile.steps is not None:
+        raise UserError(f"train.profile.steps={cfg.train.profile.steps} has no effect on bench, which times its steps itself; "
+                        "give it to train")  # fmt: skip
     if cfg.model.vocab_size is None:
         cfg.model.vocab_size = DEFAULT_VOCAB
     check(cfg, world=1)

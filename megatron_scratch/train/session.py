@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from megatron_scratch import registry
@@ -105,7 +106,7 @@ def _begin(at: Place, built: Built, first: int) -> None:
     at.reporter.begin(first)
 
 
-def _remembered(at: Place, built: Built, facts: dict[str, Any]) -> Any:
+def _remembered(at: Place, built: Built, facts: dict[str, Any]) -> Callable[[int], dict[str, Any]]:
     """Step -> what a checkpoint remembers beside numbers."""
     constant = {**facts, WRITTEN_BY: build.written_by(at.cfg, at.topo)}
 

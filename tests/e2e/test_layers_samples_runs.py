@@ -55,3 +55,19 @@ def test_named_validation_sets(corpus: Path, tmp_path: Path) -> None:
     for plain, row in zip(found["plain"][0], found["named"][0], strict=True):
         for key in ("val_loss", "val_perplexity", "val_bits_per_byte"):
             assert plain[key] == row[key] == row[f"{key}/again"] != row[f"{key}/seen"]
+
+
+def test_named_validation_losses_are_the_same_under_every_layout(corpus: Path, tmp_path: Path) -> None:
+    """SGD, whose update is linear in the gradient: three steps in fp32 stay within 1e-5, as in test_train's comparison."""
+    found = []
+    for number, words in enumerate(([], ["engine=ddp"], ["engine=fsdp"], ["parallel.tp=2"], ["parallel.pp=2"])):
+        path, world = tmp_path / str(number), 2 if words else 1
+        run_words = ["optim=sgd", "optim.lr=0.3", "train.steps=3", f"data.valid_sets.seen={corpus / 'train'}", *words]
+        cfg = config(corpus, path, *run_words, world=world)
+        assert run(cfg, world) == [0] * world
+        lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+        found.append(next(line for line in lines if "val_loss" in line))
+    for other in found[1:]:
+        assert other["val_tokens/seen"] == found[0]["val_tokens/seen"]
+        for key in ("val_loss", "val_loss/seen", "val_bits_per_byte/seen"):
+            assert other[key] == pytest.approx(found[0][key], rel=1e-5), key

@@ -130,6 +130,7 @@ def test_bench(capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     assert "tokens/s" in out and "MFU" in out and "backward" in out
     assert main(["bench", *TINY, "launcher.processes=2"]) == 2
+    assert main(["bench", *TINY, "train.profile.steps=[1,2]"]) == 2
 
 
 # ---- refused: one line, exit code 2, nothing damaged
