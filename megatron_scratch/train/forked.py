@@ -69,6 +69,7 @@ def _main(rank: Rank, tmp: str, fn: Callable[..., Any], args: tuple[Any, ...], p
         file = dist.FileStore(f"{tmp}/store", rank.world)
         limit = datetime.timedelta(seconds=timeout)
         dist.init_process_group("gloo", store=file, rank=rank.rank, world_size=rank.world, timeout=limit)
+        _all_connected(file, rank, limit)
         pipe.send(("ok", fn(rank, *args)))
         dist.destroy_process_group()
     except UserError as error:
@@ -79,6 +80,13 @@ def _main(rank: Rank, tmp: str, fn: Callable[..., Any], args: tuple[Any, ...], p
         pipe.close()
         sys.stdout.flush()
         os._exit(0)  # no interpreter shutdown: what the parent has open is not ours to close
+
+
+def _all_connected(store: dist.Store, rank: Rank, limit: datetime.timedelta) -> None:
+    """Wait until every rank has connected to every other: gloo lets the first ones go while others still connect, and one that
+    then ends at once, or dies, would fail the others' connecting ("Connection closed by peer"), which are not at fault."""
+    store.set(f"connected/{rank.rank}", "")
+    store.wait([f"connected/{other}" for other in range(rank.world)], limit)
 
 
 def _answer(pipe: Any, timeout: int) -> tuple[str, Any] | None:
