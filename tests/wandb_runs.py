@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from runs import Fault
 
-from megatron_scratch.logs import wandb_file, wandb_steps
+from megatron_scratch.logs import followers, wandb_file, wandb_steps
 from megatron_scratch.train.reporter import Reporter
 
 OPEN = re.compile("the run is recorded in|(begins|goes on) at http")  # what a follower says that has opened a run
@@ -24,7 +24,9 @@ NOT_OURS = ("_step", "_runtime", "overlap", "_wandb")
 
 
 def environment(monkeypatch: pytest.MonkeyPatch, home: Path, **variables: str) -> None:
-    """No account, settings or server of the person who runs the tests; failures are waited for 2 seconds."""
+    """No account, settings or server of the person who runs the tests; failures are waited for 2 seconds. A run waits at its end
+    until its follower has done all, however busy the machine is."""
+    monkeypatch.setattr(followers, "LIMIT", 90.0)
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
         monkeypatch.delenv(name)
     home.mkdir(exist_ok=True)

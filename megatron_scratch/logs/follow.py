@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 import signal
 import sys
@@ -34,7 +35,7 @@ POLL = 0.3  # seconds between two looks at the files
 KEEP = 5.0  # seconds between two `flush`; a sink's `flush_seconds` counts, where its settings have that
 LONGEST = 60.0  # seconds between two tries to open a sink; they begin with 2 and double
 BROKEN = 5  # failures in a row, of a sink that could be opened, after which it is left alone
-AFTERLIFE = 10  # seconds that a follower has when its run has ended, whatever it is doing
+AFTERLIFE = 10  # seconds that a follower has when its rank has died, whatever it is doing; one that ends says how long
 GAVE_UP = 3  # exit code: another start in the same run would come to the same
 CRASHED = ("crashed", FAILED)
 
@@ -55,15 +56,15 @@ class Orders:
         self.event.wait(seconds)
 
     def _listen(self) -> None:
-        heard = b""
+        heard, left = b"", AFTERLIFE
         with suppress(OSError):
             while b"\n" not in heard and (piece := os.read(0, 4096)):
                 heard += piece
         with suppress(ValueError, KeyError, TypeError):
             said = json.loads(heard)
-            self.outcome = (str(said["outcome"]), int(said["code"]))
+            self.outcome, left = (str(said["outcome"]), int(said["code"])), math.ceil(said["seconds"])
         self.outcome = self.outcome or CRASHED
-        signal.alarm(AFTERLIFE)
+        signal.alarm(left + 1)  # the rank, if it lives, has ended this process by then
         self.event.set()
 
 
@@ -178,7 +179,7 @@ def _reason(error: Exception) -> str:
 
 @contextmanager
 def alone(path: Path) -> Iterator[None]:
-    """Wait for the follower of an earlier start, which may have something to finish; once the run has ended, for AFTERLIFE."""
+    """Wait for the follower of an earlier start, which may have something to finish; once the run has ended, that is soon over."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a") as f:
         while True:

@@ -65,7 +65,7 @@ class Followers:
         """Say how the run has ended (finished, stopped, failed), and wait, at most `LIMIT` seconds; `told` then has the rest."""
         deadline = time.monotonic() + LIMIT
         for end in self.ends.values():
-            end.say({"outcome": outcome, "code": code})
+            end.say({"outcome": outcome, "code": code, "seconds": LIMIT})
         for end in self.ends.values():
             end.finish(deadline)
 

@@ -261,7 +261,7 @@ def test_a_check_that_hangs_ends_in_time_and_shows_where(tmp_path: Path, capfd: 
     def arm() -> None:
         node.check_host = signal.pause
 
-    assert check(tmp_path, slurm(tmp_path), 1, arm) == 1
+    assert check(tmp_path, slurm(tmp_path), 4, arm) == 1
     assert not (tmp_path / "n1.json").exists() and "in check_node" in capfd.readouterr().err
 
 
@@ -420,8 +420,8 @@ class Steps:
         self.sets.append(nodes)
         self.beside.append(sum(process.poll() is None for process in self.processes))
         folder = next(word.partition("=")[2] for word in words if word.startswith("--report="))
-        lines = [f"N={name}\n{self.script(nodes, name)}" for name in nodes]
-        env = {**os.environ, "DIR": folder, "TEXT": REPORT}
+        lines = [f"N={name}\nTEXT=$GOOD\n{self.script(nodes, name)}" for name in nodes]
+        env = {**os.environ, "DIR": folder, "GOOD": REPORT}
         self.processes.append(subprocess.Popen(["sh", "-c", "\n".join(lines)], env=env))
         return self.processes[-1]
 
