@@ -39,11 +39,11 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 
 def written(run: Path) -> dict[int, dict[str, Any]]:
-    """step -> values in W&B's names, from the files of a run. A step's time is that of its first row."""
+    """step -> values in W&B's names, from the files of a run. A step's time is that of its earliest row."""
     out: dict[int, dict[str, Any]] = {}
     for row in [*map(wandb_steps.metrics, lines(run / "metrics.jsonl")), *map(wandb_steps.layers, lines(run / "layers.jsonl"))]:
         there = out.setdefault(row["step"], {})
-        there |= {key: value for key, value in row.items() if key != wandb_steps.TIME or key not in there}
+        there |= {**row, wandb_steps.TIME: min(row[wandb_steps.TIME], there.get(wandb_steps.TIME, float("inf")))}
     return out
 
 

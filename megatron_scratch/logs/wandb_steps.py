@@ -47,6 +47,12 @@ def layers(row: Mapping[str, Any]) -> Row:
     return out
 
 
+def joined(one: Row, other: Row) -> Row:
+    """Two parts of a step. Its time is the earlier one, as files are read in no order that could be relied on."""
+    times = [part[TIME] for part in (one, other) if TIME in part]
+    return {**one, **other, **({TIME: min(times)} if times else {})}
+
+
 class Steps:
     """Rows by training step. `last`: the newest step that W&B has, as `last + offset`; `high`: steps up to it are there already."""
 
@@ -56,9 +62,9 @@ class Steps:
         self.seen = -1  # the newest step of which there was a row at the last look; all rows of earlier ones have come since
 
     def add(self, values: Row) -> None:
-        """Part of a step, in W&B's names. A step's time is that of its first row. What W&B has is passed over."""
+        """Part of a step, in W&B's names. What W&B has is passed over."""
         if (step := values.get("step", -1)) > self.last:
-            self.waiting[step] = {**values, **{k: v for k, v in self.waiting.get(step, {}).items() if k == TIME or k not in values}}
+            self.waiting[step] = joined(self.waiting.get(step, {}), values)
 
     def add_sample(self, row: Row) -> None:
         """One of maybe several texts of a step; the same one again changes nothing."""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
+
+import pytest
 
 from megatron_scratch.logs import wandb_steps
 from megatron_scratch.logs.wandb_steps import Steps
@@ -48,11 +51,23 @@ def test_a_step_waits_until_all_files_have_been_read_beyond_it() -> None:
     assert dict(steps.ready(True)) == {4: {"step": 4, "a": 1, "b": 2}}
 
 
-def test_a_step_has_the_time_of_its_first_row() -> None:
+ROWS = [{"_timestamp": 10.0, "x": 1}, {"_timestamp": 20.0, "y": 2}, {"z": 3}]
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(ROWS)))
+def test_a_step_has_the_time_of_its_earliest_row(order: tuple[dict[str, Any], ...]) -> None:
+    """Its rows lie in several files, and a look at them may fall between two that are being written."""
     steps = Steps()
-    add(steps, 1, _timestamp=10.0, x=1)
-    add(steps, 1, _timestamp=20.0, x=2)
-    assert dict(steps.ready(True)) == {1: {"step": 1, "_timestamp": 10.0, "x": 2}}
+    for values in order:
+        add(steps, 1, **values)
+    assert dict(steps.ready(True)) == {1: {"step": 1, "_timestamp": 10.0, "x": 1, "y": 2, "z": 3}}
+
+
+def test_the_later_of_two_values_counts() -> None:
+    steps = Steps()
+    add(steps, 1, x=1)
+    add(steps, 1, x=2)
+    assert dict(steps.ready(True)) == {1: {"step": 1, "x": 2}}
 
 
 def test_what_is_there_is_passed_over() -> None:
