@@ -62,9 +62,10 @@ class Orders:
                 heard += piece
         with suppress(ValueError, KeyError, TypeError):
             said = json.loads(heard)
-            self.outcome, left = (str(said["outcome"]), int(said["code"])), math.ceil(said["seconds"])
+            # A second more than the rank waits: if it lives, it has ended this process by then.
+            self.outcome, left = (str(said["outcome"]), int(said["code"])), math.ceil(said["seconds"]) + 1
         self.outcome = self.outcome or CRASHED
-        signal.alarm(left + 1)  # the rank, if it lives, has ended this process by then
+        signal.alarm(left)
         self.event.set()
 
 
